@@ -1,0 +1,59 @@
+# make demo · make test: each makes .venv and installs what it needs by itself.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+NOTEBOOK_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+help: ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.10 or newer with venv was found; install one (on Debian: python3 and python3-venv), or name it: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Installing into .venv with $(PYTHON): a few minutes and about 6 GB, most of it PyTorch"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev,course]"
+	@touch $(READY)
+
+install: $(READY) ## make .venv and install the course into it
+
+demo: $(READY) ## draw Blooms, fine-tune on them, compare with training from scratch
+	$(BIN)/sft-course demo --out out/demo
+
+test: $(READY) ## exports and README in sync, every notebook, pytest
+	$(BIN)/python -m pytest tests/test_sync.py
+	$(NOTEBOOK_THREADS) SFT_STRICT=1 $(BIN)/nbdev-test --n-workers 2 --timing nbs
+	$(BIN)/python -m pytest tests --ignore tests/test_sync.py
+
+wheel-check: $(READY) ## build the wheel, install it elsewhere, run the demo there
+	bash tests/wheel_check.sh $(PYTHON)
+
+lab: $(READY) ## open JupyterLab on the course
+	$(BIN)/jupyter lab nbs
+
+export: $(READY) ## notebooks → sft_course/, README.md; clean the notebooks
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+	$(MAKE) --no-print-directory readme
+
+readme: $(READY) ## nbs/index.ipynb → README.md
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed -E 's@\.\./images/@images/@g; s@\]\(([a-z0-9_]+\.ipynb)\)@](nbs/\1)@g' > README.md
+
+save: $(READY) ## run every notebook and keep the outputs
+	SFT_STRICT=1 $(BIN)/nbdev-test --n-workers 1 --timing --save nbs
+	$(BIN)/nbdev-clean
+
+record: $(READY) ## make the recorded runs of a chapter: make record CHAPTER=00
+	SFT_RECORD=1 $(BIN)/nbdev-test --cell-timeout 0 --n-workers 1 --do-print nbs/$(CHAPTER)_*.ipynb
+
+lint: $(READY) ## ruff on the tests
+	$(BIN)/ruff check tests
+
+clean: ## take away what was built, but not .venv
+	rm -rf dist build out .pytest_cache .ruff_cache .hypothesis
+
+.PHONY: help install demo test wheel-check lab export readme save record lint clean

@@ -1,0 +1,11 @@
+__version__ = "0.1.0"
+
+_HERE = {"fine_tune": "recipe", "FineTuner": "recipe", "Phase": "recipe", "Result": "recipe", "load_artifact": "recipe", "load_settings": "core"}
+__all__ = list(_HERE)
+
+
+def __getattr__(name):
+    "`from sft_course import fine_tune` works, and `import sft_course` alone does not load torch."
+    from importlib import import_module
+    if name not in _HERE: raise AttributeError(f"module 'sft_course' has no attribute {name!r}")
+    return getattr(import_module(f"sft_course.{_HERE[name]}"), name)

@@ -1,0 +1,55 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPO = Path(__file__).parent.parent
+PHOTOS = REPO.parent / "shared" / "data" / "ants_bees"
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    "One cache for the whole run of the tests, not the user's."
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, cache):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+
+@pytest.fixture
+def photos():
+    "Real photographs of ants and bees; a clone without them skips what needs them."
+    if not PHOTOS.is_dir():
+        pytest.skip("the photographs are not here")
+    return PHOTOS
+
+
+def draw(folder, classes=("stripes", "waves"), n=12, size=72, seed=0):
+    "An image folder that is easy to learn: the direction of stripes is the class."
+    rng = np.random.default_rng(seed)
+    for c, name in enumerate(classes):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            x = np.sin(np.arange(size) * rng.uniform(.3, .6) + rng.uniform(0, 6))
+            grey = np.broadcast_to(x if c % 2 else x[:, None], (size, size)) * 90 + 128 + rng.normal(0, 12, (size, size))
+            Image.fromarray(np.stack([grey] * 3, -1).clip(0, 255).astype(np.uint8)).save(folder / name / f"{i:02}.jpg")
+    return folder
+
+
+@pytest.fixture
+def stripes(tmp_path):
+    return draw(tmp_path / "stripes")
+
+
+@pytest.fixture(scope="session")
+def cli():
+    "Run `sft-course` as a stranger would, and return what came back."
+    def run(*args, cwd=None, env=None, timeout=300):
+        command = [Path(sys.executable).parent / "sft-course", *map(str, args)]
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    return run

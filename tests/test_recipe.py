@@ -1,0 +1,145 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw
+
+from sft_course import FineTuner, Phase, fine_tune, load_artifact, load_settings
+from sft_course.core import SFTError, what_moved
+from sft_course.recipe import SCRATCH, clearly_better
+
+SMALL = {"size": 64}
+
+
+@pytest.fixture
+def tuner(stripes):
+    return FineTuner("lite0", stripes, **SMALL)
+
+
+def state(tuner):
+    return {k: v.clone() for k, v in tuner.backbone.model.state_dict().items()}
+
+
+def test_the_head_phase_moves_the_head_alone(tuner):
+    before = state(tuner)
+    tuner.step(Phase("head"))
+    assert what_moved(before, state(tuner)) == ["classifier.weight", "classifier.bias"]
+
+
+def test_upper_stages_move_and_what_is_below_keeps_every_bit(tuner):
+    before = state(tuner.step(Phase("head")))
+    tuner.step(Phase(3, epochs=1, warmup=0, schedule="constant"))
+    moved = what_moved(before, state(tuner))
+    allowed = {n for s in tuner.backbone.stages[-3:] for n in s.parameters}
+    assert set(moved) == allowed and not any("running" in n or "num_batches" in n for n in moved)
+
+
+def test_batch_statistics_move_only_where_they_are_asked_to(tuner):
+    before = state(tuner)
+    tuner.step(Phase("all", epochs=1, views=0, batch_stats=True))
+    assert any("running_mean" in n for n in what_moved(before, state(tuner)))
+
+
+def test_training_is_the_same_with_and_without_kept_activations(stripes):
+    "To 16-bit rounding: the same views, once kept and once computed anew because they would not fit."
+    def after(gigabytes):
+        tuner = FineTuner("lite0", stripes, settings=load_settings(cache_gigabytes=gigabytes), **SMALL)
+        tuner.step(Phase("head"))
+        tuner.step(Phase(3, epochs=2, lr=1e-3))
+        return tuner.history[-1]["val_loss"]
+    kept = after(4)
+    with pytest.warns(UserWarning, match="more than cache_gigabytes"):
+        anew = after(1e-6)
+    assert kept == pytest.approx(anew, rel=.02)
+
+
+def test_the_head_stays_where_nothing_is_clearly_better(stripes):
+    result = fine_tune(stripes, **SMALL)
+    assert result.card["chosen"] == "head" and result.accuracy == result.card["metrics"]["head_accuracy"]
+
+
+def test_clearly_better_counts_pictures_and_not_points():
+    base = np.arange(100) < 80
+    assert not clearly_better(np.arange(100) < 81, base) and clearly_better(np.arange(100) < 90, base)
+    mixed = np.r_[np.zeros(9, bool), np.ones(83, bool), np.zeros(8, bool)]  # 12 won, 9 lost
+    assert not clearly_better(mixed, base)
+
+
+def test_an_artifact_comes_back_as_it_was(stripes, tmp_path):
+    result = fine_tune(stripes, out=tmp_path / "a", **SMALL)
+    again = load_artifact(tmp_path / "a")
+    path = stripes / "waves" / "00.jpg"
+    assert again.predict(path).probabilities == result.predict(path).probabilities
+    assert again.predict([path, path])[1].label == "waves" and again.classes == ["stripes", "waves"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["card.json", "history.csv", "model.safetensors"]
+
+
+def test_a_damaged_artifact_is_refused_in_a_sentence(stripes, tmp_path):
+    fine_tune(stripes, out=tmp_path / "a", phases=(Phase("head"),), **SMALL)
+    card = json.loads((tmp_path / "a" / "card.json").read_text())
+    (tmp_path / "a" / "card.json").write_text(json.dumps(card | {"classes": ["x", "y", "z"]}))
+    with pytest.raises(SFTError, match="does not fit card.json"):
+        load_artifact(tmp_path / "a")
+    (tmp_path / "a" / "card.json").write_text(json.dumps(card))
+    whole = (tmp_path / "a" / "model.safetensors").read_bytes()
+    (tmp_path / "a" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SFTError, match="damaged"):
+        load_artifact(tmp_path / "a")
+    (tmp_path / "a" / "card.json").write_text("{")
+    with pytest.raises(SFTError, match="not an artifact"):
+        load_artifact(tmp_path / "a")
+
+
+def test_test_pictures_are_not_learned_from(tmp_path):
+    "With the labels of the test split turned round, the same weights come out."
+    draw(tmp_path / "one" / "train")
+    draw(tmp_path / "one" / "val", n=4, seed=9)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one" / "train").rename(tmp_path / "two" / "train")
+    kept = fine_tune(draw_swapped(tmp_path / "two", tmp_path / "one" / "val"), **SMALL)
+    (tmp_path / "two" / "train").rename(tmp_path / "one" / "train")
+    plain = fine_tune(tmp_path / "one", **SMALL)
+    assert plain.accuracy == pytest.approx(1 - kept.accuracy)
+    assert what_moved(plain.backbone.model.state_dict(), kept.backbone.model.state_dict()) == []
+
+
+def draw_swapped(root, val):
+    import shutil
+    shutil.copytree(val / "stripes", root / "val" / "waves")
+    shutil.copytree(val / "waves", root / "val" / "stripes")
+    return root
+
+
+def test_no_global_state_is_left_changed(stripes):
+    torch.manual_seed(5)
+    np.random.seed(5)
+    mine, theirs, threads = torch.get_rng_state(), np.random.get_state()[1].copy(), torch.get_num_threads()
+    fine_tune(stripes, **SMALL)
+    assert torch.equal(mine, torch.get_rng_state()) and (theirs == np.random.get_state()[1]).all()
+    assert torch.get_num_threads() == threads and torch.get_default_dtype() == torch.float32
+
+
+def test_from_scratch_runs_without_a_head_phase(stripes):
+    tuner = FineTuner("lite0", stripes, weights=None, **SMALL)
+    result = tuner.run(Phase("all", epochs=1, lr=1e-3, views=0, batch_stats=True))
+    assert result.card["metrics"]["head_accuracy"] is None and result.card["chosen"] == "tuned"
+    assert SCRATCH.batch_stats
+
+
+@pytest.mark.parametrize("wrong", [{"lr": 0.}, {"epochs": 0}, {"batch_size": 1}, {"depth_decay": 2.}, {"warmup": 1.}])
+def test_a_phase_out_of_range_is_refused(wrong):
+    with pytest.raises(SFTError, match=f"Phase: {next(iter(wrong))} = "):
+        Phase("head", **wrong)
+
+
+@pytest.mark.parametrize("train", ["body", 0, 11, 2.5])
+def test_what_trains_must_be_known(tuner, train):
+    with pytest.raises(SFTError, match="use 'head', 'all', or a number of stages from 1 to 10"):
+        tuner.step(Phase(train))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tuner):
+    tuner.step(Phase("head"))
+    with pytest.raises(SFTError, match="the loss became"):
+        tuner.step(Phase("all", epochs=3, lr=1e18, warmup=0))
