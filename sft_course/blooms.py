@@ -13,7 +13,7 @@ __all__ = ['SPECIES', 'DOMAINS', 'VERSION', 'STEPS', 'ALONG', 'ACROSS', 'GREENS'
            'take_picture', 'Bloom', 'place_flowers', 'seen_box', 'check_choice', 'check_range', 'draw_bloom',
            'picture_seed', 'write_picture', 'write_blooms', 'in_processes', 'blooms_folder']
 
-# %% ../nbs/a1_blooms.ipynb #abb259fb
+# %% ../nbs/a1_blooms.ipynb #8dcb90a0
 import csv
 import os
 import sys
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-# %% ../nbs/a1_blooms.ipynb #9899e333
+# %% ../nbs/a1_blooms.ipynb #5f61d625
 @dataclass(frozen=True)
 class Species:
     "What makes a flower what it is: how many petals it has, and how they end."
@@ -38,7 +38,7 @@ SPECIES: tuple[Species, ...] = tuple(Species(f"{tip}{n}", n, tip) for tip in ("p
 DOMAINS: tuple[str, ...] = ("garden", "night", "herbarium", "plate")
 VERSION = 1  # of the drawings: raise it whenever the same seed would give other pixels
 
-# %% ../nbs/a1_blooms.ipynb #1e33a420
+# %% ../nbs/a1_blooms.ipynb #6ad9e6f5
 def contact_sheet(
     blooms_or_images: Iterable,  # `Bloom`s, PIL images or uint8 arrays (H, W, 3)
     columns: int = 8,            # pictures in a row
@@ -56,7 +56,7 @@ def contact_sheet(
         sheet.paste(picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS), (k % columns * step, k // columns * step))
     return sheet
 
-# %% ../nbs/a1_blooms.ipynb #2a7b249a
+# %% ../nbs/a1_blooms.ipynb #d0e4c408
 def picture(what, alt: str, quality: int | None = None):
     """`what`, a matplotlib figure or a picture (PIL or uint8 array), for a cell to display, with `alt`, the sentence that a
     screen reader says. Figures become PNG, pictures JPEG; figures that show photographs too, if `quality` (1 to 95) is given."""
@@ -70,7 +70,7 @@ def picture(what, alt: str, quality: int | None = None):
     else: (what if isinstance(what, Image.Image) else Image.fromarray(what)).save(file, "JPEG", **options)
     return Shown(data=file.getvalue(), format=kind, alt=alt)
 
-# %% ../nbs/a1_blooms.ipynb #e396e8a0
+# %% ../nbs/a1_blooms.ipynb #73e163e5
 def progress(items: Iterable | None = None, **options):
     "A tqdm bar for what takes longer than two seconds: in a terminal or a notebook; none in a pipe."
     from tqdm.auto import tqdm
@@ -78,12 +78,12 @@ def progress(items: Iterable | None = None, **options):
     shown = hasattr(shell, "kernel") or sys.stderr.isatty()
     return tqdm(items, **{"disable": not shown, "delay": 2, "leave": False} | options)
 
-# %% ../nbs/a1_blooms.ipynb #fe37e711
+# %% ../nbs/a1_blooms.ipynb #94a08a94
 STEPS = 256  # entries of every table along or across a petal
 ALONG = np.linspace(0, 1, STEPS)
 ACROSS = np.linspace(-1, 1, STEPS)
 
-# %% ../nbs/a1_blooms.ipynb #fa183c7e
+# %% ../nbs/a1_blooms.ipynb #b1eda711
 def petal_profile(
     widest: float,  # where the petal is widest, 0..1
     tip: float,     # the exponent b: below 0.6 the tip is round, above 0.8 pointed
@@ -92,7 +92,7 @@ def petal_profile(
     w = ALONG**(tip * widest / (1 - widest)) * (1 - ALONG)**tip
     return w / w.max()
 
-# %% ../nbs/a1_blooms.ipynb #742baf53
+# %% ../nbs/a1_blooms.ipynb #b2b2de3f
 def rotation(
     tilt: float,     # radians; 0 faces the camera
     towards: float,  # radians: the direction in the picture in which it tips
@@ -103,7 +103,7 @@ def rotation(
     c, s = np.cos(tilt), np.sin(tilt)
     return turn @ np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]]) @ turn.T
 
-# %% ../nbs/a1_blooms.ipynb #782b6cee
+# %% ../nbs/a1_blooms.ipynb #401ead79
 @dataclass(frozen=True)
 class Petal:
     "One petal, leaf or stem, ready to be painted: where it lies, and tables of what it looks like."
@@ -115,7 +115,7 @@ class Petal:
     across: np.ndarray  # (STEPS,) light added from edge to edge: curvature and veins
     colour: np.ndarray  # (3, STEPS) at s, RGB in 0..1
 
-# %% ../nbs/a1_blooms.ipynb #d8363122
+# %% ../nbs/a1_blooms.ipynb #84cc7f66
 def bend_strip(pose, angle, length, lift, curl, light, twist=0.):
     "Lay a strip that rises by `lift` and bends back by `curl` radians into the picture: basis; u, midline, light at s; light across."
     radial, side = pose @ [np.cos(angle), np.sin(angle), 0], pose @ [-np.sin(angle), np.cos(angle), twist]
@@ -134,7 +134,7 @@ def bend_strip(pose, angle, length, lift, curl, light, twist=0.):
     lit = np.where(up[2] * out < radial[2] * high, -.8 * lit, lit)   # an underside is a little duller
     return basis * [length * s[-1], length], u, np.interp(u, ALONG, t), np.interp(u, ALONG, lit), side @ light
 
-# %% ../nbs/a1_blooms.ipynb #727cb863
+# %% ../nbs/a1_blooms.ipynb #3e0ce609
 @dataclass(frozen=True)
 class Canvas:
     "A picture in the making, and the truth about it."
@@ -144,30 +144,30 @@ class Canvas:
     grain: np.ndarray  # float32 (H, W), about -1..1: the unevenness of all surfaces
     light: np.ndarray  # (3,) unit vector to the light: x right, y down, z to the camera
 
-# %% ../nbs/a1_blooms.ipynb #526abdfa
+# %% ../nbs/a1_blooms.ipynb #ac6ad587
 def soft_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
     "A smooth random field float32 (size, size) in 0..1, about `cells` bumps wide."
     small = Image.fromarray(rng.random((cells + 2, cells + 2), dtype=np.float32))
     return np.clip(np.asarray(small.resize((size, size), Image.Resampling.BICUBIC)), 0, 1)
 
-# %% ../nbs/a1_blooms.ipynb #0fb99b55
+# %% ../nbs/a1_blooms.ipynb #1906d1fa
 def to_image(rgb: np.ndarray) -> Image.Image:
     "A PIL image of float planes (3, H, W) in 0..1."
     return Image.fromarray(np.ascontiguousarray((np.clip(rgb, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)))
 
-# %% ../nbs/a1_blooms.ipynb #165bf7f3
+# %% ../nbs/a1_blooms.ipynb #4421c753
 def to_planes(image: Image.Image) -> np.ndarray:
     "The reverse: float32 (channels, H, W) in 0..1."
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)) * np.float32(1 / 255)
 
-# %% ../nbs/a1_blooms.ipynb #156a2de2
+# %% ../nbs/a1_blooms.ipynb #a1bc775a
 def new_canvas(rgb: np.ndarray, light: np.ndarray, rng: np.random.Generator) -> Canvas:
     "An empty canvas over a background (3, H, H)."
     n = rgb.shape[-1]
     grain = soft_noise(rng, n, n // 4) + soft_noise(rng, n, n // 12) - 1
     return Canvas(rgb.astype(np.float32), np.zeros((n, n), np.uint8), np.zeros((n, n), np.int16), grain, light)
 
-# %% ../nbs/a1_blooms.ipynb #9114fa70
+# %% ../nbs/a1_blooms.ipynb #7c05731c
 def petal_window(canvas: Canvas, petal: Petal, margin: float) -> tuple[slice, slice]:
     "Rows and columns of the picture that can hold the petal, `margin` pixels wider."
     w = petal.width.max() + np.abs(petal.middle).max()
@@ -175,7 +175,7 @@ def petal_window(canvas: Canvas, petal: Petal, margin: float) -> tuple[slice, sl
     (x0, y0), (x1, y1) = (np.clip(v, 0, len(canvas.mask)).astype(int) for v in (corners.min(0) - margin, corners.max(0) + margin + 1))
     return slice(y0, y1), slice(x0, x1)
 
-# %% ../nbs/a1_blooms.ipynb #543babe1
+# %% ../nbs/a1_blooms.ipynb #034b6ebe
 def petal_coordinates(petal: Petal, window: tuple[slice, slice]):
     "For every pixel (h, w): index into the tables along, position across (-1..1 within), pixels inside the edge."
     rows, cols = window
@@ -196,7 +196,7 @@ def petal_coordinates(petal: Petal, window: tuple[slice, slice]):
     edge -= np.abs(s - inside) / np.sqrt(per_s)
     return along, t / (petal.width[along] + 1e-3), edge
 
-# %% ../nbs/a1_blooms.ipynb #78d18273
+# %% ../nbs/a1_blooms.ipynb #63e374ef
 def cast_shadow(canvas: Canvas, window: tuple[slice, slice], edge: np.ndarray, soft: float, strength: float) -> None:
     "Darken what lies below a surface: its outline, blurred over `soft` pixels and moved away from the light."
     dx, dy = np.round(-canvas.light[:2] * soft * .6).astype(int)
@@ -206,7 +206,7 @@ def cast_shadow(canvas: Canvas, window: tuple[slice, slice], edge: np.ndarray, s
     under = canvas.rgb[:, rows.start + y0 + dy:rows.start + y1 + dy, cols.start + x0 + dx:cols.start + x1 + dx]
     under *= 1 - strength * np.clip(.5 + edge[y0:y1, x0:x1] / soft, 0, 1)
 
-# %% ../nbs/a1_blooms.ipynb #0045356e
+# %% ../nbs/a1_blooms.ipynb #28b49ca6
 def paint_petal(
     canvas: Canvas, petal: Petal,
     kind: int = 1,        # what to write into the mask
@@ -231,21 +231,21 @@ def paint_petal(
     seen = coverage > .5
     canvas.mask[window][seen], canvas.owner[window][seen] = kind, number
 
-# %% ../nbs/a1_blooms.ipynb #67a458a7
+# %% ../nbs/a1_blooms.ipynb #9aa55f4d
 GREENS = np.array([[.26, .44, .13], [.40, .58, .20], [.18, .35, .15], [.56, .66, .28], [.32, .48, .33], [.15, .27, .10]])
 
-# %% ../nbs/a1_blooms.ipynb #1e2f57cd
+# %% ../nbs/a1_blooms.ipynb #d3de85db
 def colour_ramp(*stops) -> np.ndarray:
     "A table (3, STEPS) that runs through `(position, colour)` stops."
     places, colours = zip(*stops)
     return np.stack([np.interp(ALONG, places, channel) for channel in np.array(colours).T])
 
-# %% ../nbs/a1_blooms.ipynb #53296e0d
+# %% ../nbs/a1_blooms.ipynb #64ef255b
 def tables(*arrays) -> tuple[np.ndarray, ...]:
     "All tables as float32: half the memory traffic per pixel."
     return tuple(np.asarray(a, np.float32) for a in arrays)
 
-# %% ../nbs/a1_blooms.ipynb #3d279df4
+# %% ../nbs/a1_blooms.ipynb #3aa8cad0
 def make_leaf(canvas: Canvas, rng: np.random.Generator, base, angle: float, length: float, width: float, green: np.ndarray) -> Petal:
     "A leaf or blade of random bend and taper; `base` and `length` in pixels, half-`width` relative to the length."
     pose = rotation(rng.uniform(0, .7), rng.uniform(0, 2 * np.pi))
@@ -257,7 +257,7 @@ def make_leaf(canvas: Canvas, rng: np.random.Generator, base, angle: float, leng
     ramp = colour_ramp((0, green * .85), (1, green * 1.1))
     return Petal(np.asarray(base, float), basis, *tables(width * profile[at], middle + sway, .66 + .5 * lit, ribs, ramp))
 
-# %% ../nbs/a1_blooms.ipynb #26cdd33e
+# %% ../nbs/a1_blooms.ipynb #7f0ae4ad
 def make_stem(canvas: Canvas, base, angle: float, length: float, width: float, green: np.ndarray, sway: float = 0.) -> Petal:
     "A round stalk of even width (or, nearly flat, a strip of tape); units as in `make_leaf`."
     basis, u, middle, lit, _ = bend_strip(np.eye(3), angle, length, 0., 0., canvas.light)
@@ -266,18 +266,18 @@ def make_stem(canvas: Canvas, base, angle: float, length: float, width: float, g
     ramp = colour_ramp((0, green), (1, green * .9))
     return Petal(np.asarray(base, float), basis, *tables(profile, sway * u**2, .62 + .4 * lit, -.3 * ACROSS**2, ramp))
 
-# %% ../nbs/a1_blooms.ipynb #fa1d9d1c
+# %% ../nbs/a1_blooms.ipynb #7c2a4df7
 HUES = np.array([[.98, .97, .94], [.99, .95, .80], [1., .87, .20], [.98, .62, .14], [.90, .18, .13], [.95, .42, .44],
                  [.98, .70, .80], [.90, .28, .60], [.68, .26, .68], [.62, .47, .86], [.40, .42, .88], [.54, .70, .97]])
 HEARTS = np.array([[.96, .80, .18], [.84, .54, .12], [.38, .22, .11], [.74, .78, .28], [.93, .90, .64], [.27, .13, .19]])
 
-# %% ../nbs/a1_blooms.ipynb #2182c3bf
+# %% ../nbs/a1_blooms.ipynb #bc2107d0
 def petal_colour(rng: np.random.Generator) -> np.ndarray:
     "A flower's colour (3,): one of a dozen, or something between two of them."
     a, b = HUES[rng.integers(len(HUES), size=2)]
     return np.clip(a + (b - a) * rng.beta(.35, 2.) + rng.normal(0, .03, 3), .02, 1)
 
-# %% ../nbs/a1_blooms.ipynb #7e6a85af
+# %% ../nbs/a1_blooms.ipynb #2a0f9054
 def petal_colours(rng: np.random.Generator) -> np.ndarray:
     "Colours (4, 3) of base, body and tip of the petals, and of the centre."
     body = petal_colour(rng)
@@ -286,7 +286,7 @@ def petal_colours(rng: np.random.Generator) -> np.ndarray:
     heart = HEARTS[rng.integers(len(HEARTS))] + rng.normal(0, .04, 3)
     return np.clip([base, body, tip, heart], .02, 1.05)
 
-# %% ../nbs/a1_blooms.ipynb #6608800e
+# %% ../nbs/a1_blooms.ipynb #eeced054
 @dataclass(frozen=True)
 class Anatomy:
     "Everything about one flower except its species."
@@ -307,13 +307,13 @@ class Anatomy:
     disc: float          # the centre's radius, relative to the flower's
     heart: str           # "disc", "button" or "stamens"
 
-# %% ../nbs/a1_blooms.ipynb #350ab736
+# %% ../nbs/a1_blooms.ipynb #252df320
 def vein_table(rng: np.random.Generator, strength: float) -> np.ndarray:
     "Light (STEPS,) across a petal: fine lines, and a fold in the middle."
     lines = np.cos(ACROSS * rng.uniform(14, 30) + rng.normal(0, 1.5) * ACROSS**2) + .6 * np.cos(ACROSS * rng.uniform(35, 55))
     return strength * lines * (1 - .5 * ACROSS**2) - rng.uniform(0, .12) * np.exp(-(ACROSS / .08)**2)
 
-# %% ../nbs/a1_blooms.ipynb #cb6f3250
+# %% ../nbs/a1_blooms.ipynb #877353a0
 def grow(rng: np.random.Generator, place: np.ndarray, radius: float) -> Anatomy:
     "Draw a flower's anatomy; `place` (2,) and `radius` in pixels."
     return Anatomy(
@@ -323,7 +323,7 @@ def grow(rng: np.random.Generator, place: np.ndarray, radius: float) -> Anatomy:
         eye=rng.uniform(.15, .55), veins=vein_table(rng, rng.uniform(.01, .05)), disc=rng.uniform(.13, .25),
         heart=str(rng.choice(["disc", "button", "stamens"])))
 
-# %% ../nbs/a1_blooms.ipynb #615804ca
+# %% ../nbs/a1_blooms.ipynb #adffc691
 def make_petal(canvas: Canvas, plant: Anatomy, species: Species, i: int) -> Petal:
     "Petal number `i` of a flower: its species' form, the plant's looks, its own small deviations."
     angle, length, width, lift, twist = plant.jitter[:, i]
@@ -341,7 +341,7 @@ def make_petal(canvas: Canvas, plant: Anatomy, species: Species, i: int) -> Peta
     at = (u * (STEPS - 1)).astype(int)
     return Petal(plant.place, basis, *tables(profile[at], middle + sway, shade, plant.veins + .22 * side * ACROSS, ramp[:, at]))
 
-# %% ../nbs/a1_blooms.ipynb #674b84b3
+# %% ../nbs/a1_blooms.ipynb #fc9ae1d3
 def heart_sprite(plant: Anatomy, size: int, rng: np.random.Generator) -> Image.Image:
     "A flower's centre seen from the front, RGBA (size, size)."
     mid, colour = 1.5 * size, plant.colours[3]
@@ -360,7 +360,7 @@ def heart_sprite(plant: Anatomy, size: int, rng: np.random.Generator) -> Image.I
         dot(x, y, r, 1 - .15 * y / mid + rng.normal(0, .12) - .3 * (disc and far < .3))
     return image.resize((size, size), Image.Resampling.BOX)
 
-# %% ../nbs/a1_blooms.ipynb #7cd796c2
+# %% ../nbs/a1_blooms.ipynb #1e2a9fb8
 def paint_heart(canvas: Canvas, plant: Anatomy, number: int, rng: np.random.Generator) -> None:
     "Paint the centre of flower `number` in its pose, over its petals."
     n, r = len(canvas.mask), plant.radius * plant.disc
@@ -382,25 +382,25 @@ def paint_heart(canvas: Canvas, plant: Anatomy, number: int, rng: np.random.Gene
     seen = opaque > .5
     canvas.mask[y0:y1, x0:x1][seen], canvas.owner[y0:y1, x0:x1][seen] = 2, number
 
-# %% ../nbs/a1_blooms.ipynb #2c94ce0c
+# %% ../nbs/a1_blooms.ipynb #4341fd7b
 def paint_flower(canvas: Canvas, plant: Anatomy, species: Species, number: int, rng: np.random.Generator, **how) -> None:
     "Paint flower `number`; `how` goes to `paint_petal`."
     for i in sorted(range(species.petals), key=lambda i: (i % 2, plant.jitter[0, i])):
         paint_petal(canvas, make_petal(canvas, plant, species, i), 1, number, **how)
     paint_heart(canvas, plant, number, rng)
 
-# %% ../nbs/a1_blooms.ipynb #ec157401
+# %% ../nbs/a1_blooms.ipynb #cb8ee904
 def blend(a, b, t: np.ndarray) -> np.ndarray:
     "Colours from `a` to `b` (3,) by a field (H, W): float32 (3, H, W)."
     a, b = (np.float32(c)[:, None, None] for c in (a, b))
     return a + (b - a) * t
 
-# %% ../nbs/a1_blooms.ipynb #621ca65c
+# %% ../nbs/a1_blooms.ipynb #50b38efb
 def paint_of(colour) -> tuple[int, ...]:
     "A colour of floats as PIL takes it."
     return tuple(int(255 * min(1, max(0, v))) for v in colour)
 
-# %% ../nbs/a1_blooms.ipynb #359cfd30
+# %% ../nbs/a1_blooms.ipynb #87859d86
 def draw_blades(image: Image.Image, rng: np.random.Generator, count: int, colours: np.ndarray, upright: bool) -> None:
     "Grass and leaves as plain polygons, to be blurred."
     draw, n = ImageDraw.Draw(image), image.width
@@ -415,7 +415,7 @@ def draw_blades(image: Image.Image, rng: np.random.Generator, count: int, colour
         outline = np.concatenate([spine + half, (spine - half)[::-1]])
         draw.polygon(outline.ravel().tolist(), fill=paint_of(colours[rng.integers(len(colours))] * rng.uniform(.55, 1.6)))
 
-# %% ../nbs/a1_blooms.ipynb #31d4f61d
+# %% ../nbs/a1_blooms.ipynb #ce000dfe
 def draw_bokeh(image: Image.Image, rng: np.random.Generator, count: int) -> None:
     "Discs of light and of other flowers, far out of focus."
     draw, n = ImageDraw.Draw(image), image.width
@@ -424,10 +424,10 @@ def draw_bokeh(image: Image.Image, rng: np.random.Generator, count: int) -> None
         colour = petal_colour(rng) if rng.random() < .6 else GREENS[rng.integers(6)] * 1.7
         draw.ellipse([x - r, y - r, x + r, y + r], fill=paint_of(colour * rng.uniform(.6, 1.1)))
 
-# %% ../nbs/a1_blooms.ipynb #8782e3c4
+# %% ../nbs/a1_blooms.ipynb #d8f39f8a
 EARTH = np.array([[.32, .24, .16], [.48, .39, .27], [.66, .68, .52], [.68, .77, .84]])   # soil, straw, meadow, sky
 
-# %% ../nbs/a1_blooms.ipynb #3c9094d8
+# %% ../nbs/a1_blooms.ipynb #b8329364
 def garden_background(rng: np.random.Generator, size: int) -> np.ndarray:
     "Foliage, grass, soil or sky with depth of field: float32 (3, size, size)."
     n = size // 3
@@ -441,7 +441,7 @@ def garden_background(rng: np.random.Generator, size: int) -> np.ndarray:
     image = image.filter(ImageFilter.GaussianBlur(n * rng.uniform(.014, .03)))
     return to_planes(image.resize((size, size), Image.Resampling.BICUBIC))
 
-# %% ../nbs/a1_blooms.ipynb #0332bc15
+# %% ../nbs/a1_blooms.ipynb #f73aa419
 def paper_background(rng: np.random.Generator, size: int, age: float) -> np.ndarray:
     "Paper, uneven, with fibres, yellowed and stained by `age` (0..1): float32 (3, size, size)."
     paper = blend([.96, .94, .88], [.80, .69, .50], np.clip(age * (.3 + .7 * soft_noise(rng, size, 3)), 0, 1))
@@ -449,7 +449,7 @@ def paper_background(rng: np.random.Generator, size: int, age: float) -> np.ndar
     stains = np.clip(soft_noise(rng, size, 16) - 1.02 + .2 * age, 0, .2) * 2
     return paper * (1 + .03 * fibres) * blend([1, 1, 1], [.7, .5, .3], stains)
 
-# %% ../nbs/a1_blooms.ipynb #03e9d6ed
+# %% ../nbs/a1_blooms.ipynb #cead92a1
 def paint_foliage(canvas: Canvas, rng: np.random.Generator) -> None:
     "A few leaves and blades behind the flower, nearly in focus."
     n = len(canvas.mask)
@@ -463,7 +463,7 @@ def paint_foliage(canvas: Canvas, rng: np.random.Generator) -> None:
         leaf = make_leaf(canvas, rng, base, angle, length, width, GREENS[rng.integers(5)] * tone * rng.uniform(.6, 1.2))
         paint_petal(canvas, leaf, 0, soft=n * rng.uniform(.01, .05), shadow=.2)
 
-# %% ../nbs/a1_blooms.ipynb #848be55e
+# %% ../nbs/a1_blooms.ipynb #8c9add39
 def paint_plant(canvas: Canvas, rng: np.random.Generator, plant: Anatomy, dry: float = 0.) -> float:
     "Stem and leaves behind a flower, browned by `dry` (0..1). Returns the stem's direction in radians."
     green = GREENS[rng.integers(5)] * rng.uniform(.8, 1.3)
@@ -478,7 +478,7 @@ def paint_plant(canvas: Canvas, rng: np.random.Generator, plant: Anatomy, dry: f
         paint_petal(canvas, leaf, 0, soft=rng.uniform(1, 3))
     return down
 
-# %% ../nbs/a1_blooms.ipynb #32f3c6d8
+# %% ../nbs/a1_blooms.ipynb #5b87bc15
 def paint_occluders(canvas: Canvas, rng: np.random.Generator, plant: Anatomy) -> None:
     "In three pictures of ten, a leaf or a blade or two in front of the flower."
     for _ in range(rng.choice([0, 1, 2], p=[.7, .25, .05])):
@@ -489,7 +489,7 @@ def paint_occluders(canvas: Canvas, rng: np.random.Generator, plant: Anatomy) ->
         leaf = make_leaf(canvas, rng, base, side + np.pi + rng.normal(0, .6), length, width, GREENS[rng.integers(5)] * rng.uniform(.8, 1.4))
         paint_petal(canvas, leaf, 0, soft=rng.uniform(1, 5), shadow=.25)
 
-# %% ../nbs/a1_blooms.ipynb #0a41948f
+# %% ../nbs/a1_blooms.ipynb #6a182abd
 def press(plant: Anatomy, rng: np.random.Generator) -> Anatomy:
     "What pressing and drying do: flat, paler, browner, more wrinkled, with darker veins."
     much = rng.uniform(.3, .7)
@@ -497,7 +497,7 @@ def press(plant: Anatomy, rng: np.random.Generator) -> Anatomy:
     return replace(plant, pose=np.eye(3), lift=0., curl=0., colours=(plant.colours + (dull - plant.colours) * much) * rng.uniform(.8, 1.),
                    veins=1.6 * plant.veins, ruffle=plant.ruffle + .025, jitter=plant.jitter * [[1.3], [1.2], [1.5], [1], [2]])
 
-# %% ../nbs/a1_blooms.ipynb #b3cef296
+# %% ../nbs/a1_blooms.ipynb #d6ecd7f3
 def paste_label(rgb: np.ndarray, rng: np.random.Generator) -> None:
     "Glue a label with three lines of illegible handwriting into a corner of the sheet (3, H, H)."
     n = rgb.shape[-1]
@@ -513,7 +513,7 @@ def paste_label(rgb: np.ndarray, rng: np.random.Generator) -> None:
     part = rgb[:, y:y + h, x:x + w]
     part[:] = to_planes(card.resize((w, h), Image.Resampling.BOX)) * min(1, 1.15 * part.mean())
 
-# %% ../nbs/a1_blooms.ipynb #43d7ea49
+# %% ../nbs/a1_blooms.ipynb #e0339069
 def paint_tape(canvas: Canvas, place: np.ndarray, angle: float) -> None:
     "A strip of yellowed, half transparent tape across the stem at `place` (2,) pixels."
     n = len(canvas.mask)
@@ -522,13 +522,13 @@ def paint_tape(canvas: Canvas, place: np.ndarray, angle: float) -> None:
     paint_petal(canvas, strip, 0, shadow=.1, ink=.12)
     canvas.rgb[:] = .4 * under + .6 * canvas.rgb
 
-# %% ../nbs/a1_blooms.ipynb #24e38f7d
+# %% ../nbs/a1_blooms.ipynb #7596d78b
 def light_from(rng: np.random.Generator) -> np.ndarray:
     "Unit vector (3,) to the light: from above as a rule, never from behind the picture."
     side, high = rng.normal(-np.pi / 2, .9), rng.uniform(.4, .9)
     return np.array([np.cos(side) * (1 - high**2)**.5, np.sin(side) * (1 - high**2)**.5, high], np.float32)
 
-# %% ../nbs/a1_blooms.ipynb #c7e5b086
+# %% ../nbs/a1_blooms.ipynb #40d32846
 def camera(canvas: Canvas, rng: np.random.Generator, gain=1., tint=(1, 1, 1), blur=0., noise=0., vignette=0., dapple=0.) -> np.ndarray:
     "What a camera makes of a canvas, uint8 (H, W, 3); `blur` in pixels of a picture 192 wide, `noise` in 0..1."
     n = len(canvas.mask)
@@ -545,7 +545,7 @@ def camera(canvas: Canvas, rng: np.random.Generator, gain=1., tint=(1, 1, 1), bl
     hiss += picture
     return np.clip(hiss, 0, 255, out=hiss).astype(np.uint8)
 
-# %% ../nbs/a1_blooms.ipynb #513411cb
+# %% ../nbs/a1_blooms.ipynb #3499f83a
 def set_out(domain: str, rng: np.random.Generator, size: int) -> Canvas:
     "A canvas with a domain's background."
     light = light_from(rng)
@@ -557,7 +557,7 @@ def set_out(domain: str, rng: np.random.Generator, size: int) -> Canvas:
     if domain == "night": canvas.rgb[:] *= rng.uniform(.15, .55)
     return canvas
 
-# %% ../nbs/a1_blooms.ipynb #3466032c
+# %% ../nbs/a1_blooms.ipynb #b9458827
 def set_in(domain: str, rng, canvas: Canvas, plant: Anatomy, species: Species, number: int, inner) -> None:
     "Paint one plant the domain's way: what is behind its flower, the flower (from its own stream `inner`), what is in front."
     if domain == "herbarium": plant = press(plant, rng)
@@ -567,7 +567,7 @@ def set_in(domain: str, rng, canvas: Canvas, plant: Anatomy, species: Species, n
     if domain == "herbarium":
         paint_tape(canvas, plant.place + 1.25 * plant.radius * np.array([np.cos(down), np.sin(down)]), down + np.pi / 2)
 
-# %% ../nbs/a1_blooms.ipynb #74d81986
+# %% ../nbs/a1_blooms.ipynb #13f4ea8f
 def take_picture(domain: str, rng: np.random.Generator, canvas: Canvas) -> np.ndarray:
     "Each domain's camera: uint8 (H, W, 3)."
     def some(low, high): return rng.uniform(low, high)
@@ -582,7 +582,7 @@ def take_picture(domain: str, rng: np.random.Generator, canvas: Canvas) -> np.nd
     paper = 1 + abs(warm) / 2, 1, 1 - abs(warm) / 2
     return camera(canvas, rng, some(.95, 1.08), paper, some(.3, .7), some(.004, .012), some(0, .15))
 
-# %% ../nbs/a1_blooms.ipynb #d0123651
+# %% ../nbs/a1_blooms.ipynb #38c6b9a7
 @dataclass(frozen=True)
 class Bloom:
     "A picture of flowers and the truth about it; n flowers are seen."
@@ -595,7 +595,7 @@ class Bloom:
     domain: str
     seed: int
 
-# %% ../nbs/a1_blooms.ipynb #031b064d
+# %% ../nbs/a1_blooms.ipynb #7d0033c1
 def place_flowers(rng: np.random.Generator, flowers: int) -> list[tuple[float, float, float]]:
     "Where flowers stand: x, y and diameter as fractions of the picture, kept apart where there is room."
     if flowers == 1:
@@ -611,26 +611,26 @@ def place_flowers(rng: np.random.Generator, flowers: int) -> list[tuple[float, f
         spots.append((x, y, d))
     return spots
 
-# %% ../nbs/a1_blooms.ipynb #41c81f73
+# %% ../nbs/a1_blooms.ipynb #72e48004
 def seen_box(owner: np.ndarray, number: int) -> np.ndarray | None:
     "Box (4,) around the pixels (H, W) that show a flower; None if hardly any do."
     rows, cols = np.nonzero(owner == number)
     if len(rows) < 1e-3 * owner.size: return None
     return np.array([cols.min(), rows.min(), cols.max() + 1, rows.max() + 1], np.float32)
 
-# %% ../nbs/a1_blooms.ipynb #43bbf5a9
+# %% ../nbs/a1_blooms.ipynb #95375f11
 def check_choice(what: str, value, allowed) -> None:
     "Raise a ValueError that says what is allowed."
     if value not in allowed: raise ValueError(f"{what} must be one of {', '.join(map(str, allowed))}; got {value!r}.")
 
-# %% ../nbs/a1_blooms.ipynb #e6d01ba3
+# %% ../nbs/a1_blooms.ipynb #f96e2b17
 def check_range(what: str, value, low: int, high: int) -> int:
     "The value as an int; outside low..high a ValueError that says what is allowed."
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
         raise ValueError(f"{what} must be a whole number from {low} to {high}; got {value!r}.")
     return int(value)
 
-# %% ../nbs/a1_blooms.ipynb #e514f55c
+# %% ../nbs/a1_blooms.ipynb #b5a44f8d
 def draw_bloom(
     species: "str | Species | None",  # a name, a Species, or None: drawn at random for each flower
     seed: int,                        # 0 or more; the same seed and arguments give the same pixels
@@ -654,15 +654,15 @@ def draw_bloom(
                  np.array([labels[k] for k in seen], np.int64), np.array([SPECIES[labels[k]].petals for k in seen], np.int64),
                  np.array([spots[k][2] for k in seen], np.float32), domain, seed)
 
-# %% ../nbs/a1_blooms.ipynb #142fff21
+# %% ../nbs/a1_blooms.ipynb #68c27c9c
 def picture_seed(seed: int, split: str, label: int, index: int) -> int:
     "The seed of a picture of a written set: unique for every split (train or test), label and index below a million."
     return ((seed * 2 + ("train", "test").index(split)) * len(SPECIES) + label) * 10**6 + index
 
-# %% ../nbs/a1_blooms.ipynb #936b926c
+# %% ../nbs/a1_blooms.ipynb #964de5cb
 TRUTH = ("path", "species", "domain", "seed", "petals", "diameter", "x0", "y0", "x1", "y1")
 
-# %% ../nbs/a1_blooms.ipynb #51b1389f
+# %% ../nbs/a1_blooms.ipynb #f52c0fe9
 def write_picture(folder: Path, split: str, label: int, index: int, seed: int, size: int, domain: str) -> tuple:
     "Draw and save one picture of a set with this `seed`; returns its row of `truth.csv`."
     name, own = SPECIES[label].name, picture_seed(seed, split, label, index)
@@ -671,7 +671,7 @@ def write_picture(folder: Path, split: str, label: int, index: int, seed: int, s
     Image.fromarray(bloom.image).save(folder / path, quality=92)
     return path, name, domain, own, SPECIES[label].petals, f"{bloom.diameters[0]:.4f}", *(int(v) for v in bloom.boxes[0])
 
-# %% ../nbs/a1_blooms.ipynb #11111bfc
+# %% ../nbs/a1_blooms.ipynb #62d93d44
 def write_blooms(
     root: "str | Path",             # the folder to make; it must not exist yet
     train_per_species: int = 150,   # pictures a class in root/train
@@ -701,14 +701,14 @@ def write_blooms(
         folder.rename(root)
     return root
 
-# %% ../nbs/a1_blooms.ipynb #c8eea69e
+# %% ../nbs/a1_blooms.ipynb #19b9b3bc
 def in_processes(calls: list[Callable], workers: int) -> Iterable:
     "Results of the calls, in order, as they come; few calls are not worth starting processes for."
     if workers == 1 or len(calls) < 100: return (call() for call in calls)
     from joblib import Parallel, delayed
     return Parallel(n_jobs=workers, return_as="generator")(delayed(call)() for call in calls)
 
-# %% ../nbs/a1_blooms.ipynb #a5db6f2c
+# %% ../nbs/a1_blooms.ipynb #97bf9591
 def blooms_folder(
     cache: "str | Path",  # the folder in which sets are kept
     train_per_species: int = 150, test_per_species: int = 50, size: int = 192, domain: str = "garden", seed: int = 0,

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['app', 'Folder', 'Out', 'AsJson', 'demo', 'fit', 'predict', 'main']
 
-# %% ../nbs/a4_cli.ipynb #1d60dc01
+# %% ../nbs/a4_cli.ipynb #1410fb27
 import json, os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .core import SFTError, load_settings
 
-# %% ../nbs/a4_cli.ipynb #988362cc
+# %% ../nbs/a4_cli.ipynb #bf334c95
 app = typer.Typer(add_completion=True, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Fine-tune a pretrained image classifier on a folder of labelled pictures.")
 
@@ -20,7 +20,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="root/train|val|test
 Out = Annotated[Optional[Path], typer.Option("--out", metavar="OUT", help="Folder for the artifact; by default named after the data, here.")]
 AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON object on standard output.")]
 
-# %% ../nbs/a4_cli.ipynb #0d34371c
+# %% ../nbs/a4_cli.ipynb #7870c5fc
 def _artifact(out: Path) -> Path:
     "`out`, unless something other than an artifact lies there: that is never overwritten."
     if out.exists() and not (out / "card.json").exists() and (not out.is_dir() or any(out.iterdir())):
@@ -34,7 +34,7 @@ def _summary(result, artifact: Path) -> dict:
             "phases": card["phases"], "chosen": card["chosen"], "backbone": card["backbone"], "size": card["preprocessing"]["size"],
             "seed": card["seed"], "history": result.history, "artifact": str(artifact)}
 
-# %% ../nbs/a4_cli.ipynb #2cd3c2f3
+# %% ../nbs/a4_cli.ipynb #0b20abea
 def _tell(result, artifact: Path) -> None:
     "What a person wants to know after a fit."
     m, chosen = result.card["metrics"], result.card["chosen"]
@@ -45,22 +45,23 @@ def _tell(result, artifact: Path) -> None:
     print(f"accuracy                        {m['accuracy']:.3f}  ({how})")
     print(f"saved in {artifact}; try: sft-course predict {artifact} PICTURE")
 
-# %% ../nbs/a4_cli.ipynb #e03674c3
+# %% ../nbs/a4_cli.ipynb #14b41995
 @app.command()
 def demo(out: Out = None, as_json: AsJson = False) -> None:
-    """Draw flowers, fine-tune the bundled network on them, and compare with training from scratch.
+    """Draw flowers, fine-tune on them, compare with scratch.
 
-    Needs no network and about three minutes of two cores. The data set, image size and the rest stand in settings.ini.
+    Draws the data set Blooms, fine-tunes the bundled ImageNet network on it, and trains the same network from random
+    weights beside it. Needs no network and a few minutes of two cores. What it runs on stands in settings.ini.
     """
     from sft_course.recipe import demo as run
     artifact = _artifact(out or Path("sft-demo"))
     scratch, result = run(artifact)
     _tell(result, artifact)
     m = result.card["metrics"]
+    print(f"from scratch {scratch:.3f} · frozen head {m['head_accuracy']:.3f} · fine-tuned {m['accuracy']:.3f}")
     if as_json: print(json.dumps(_summary(result, artifact) | {"scratch_accuracy": scratch}))
-    else: print(f"from scratch {scratch:.3f} · frozen head {m['head_accuracy']:.3f} · fine-tuned {m['accuracy']:.3f}")
 
-# %% ../nbs/a4_cli.ipynb #9569260f
+# %% ../nbs/a4_cli.ipynb #a37f1948
 @app.command()
 def fit(folder: Folder, out: Out = None,
         backbone: Annotated[Optional[str], typer.Option(help="lite0, or a classifier of torchvision or timm.")] = None,
@@ -81,7 +82,7 @@ def fit(folder: Folder, out: Out = None,
     _tell(result, artifact)
     if as_json: print(json.dumps(_summary(result, artifact)))
 
-# %% ../nbs/a4_cli.ipynb #8913b4d4
+# %% ../nbs/a4_cli.ipynb #f96beefb
 @app.command()
 def predict(artifact: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `fit` wrote.")],
             files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Pictures.")], as_json: AsJson = False) -> None:
@@ -94,7 +95,7 @@ def predict(artifact: Annotated[Path, typer.Argument(metavar="OUT", help="A fold
     for p in found: print(f"{p.probability:6.1%}  {p.label}  {p.path}")
     if as_json: print(json.dumps([{"path": p.path, "label": p.label, "probability": p.probability, "probabilities": p.probabilities} for p in found]))
 
-# %% ../nbs/a4_cli.ipynb #c2af8323
+# %% ../nbs/a4_cli.ipynb #1997da77
 def main() -> None:
     "Entry point of `sft-course`: faults become one sentence and an exit status."
     try: app()

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from conftest import draw
 
 from sft_course import FineTuner, Phase, fine_tune, load_artifact, load_settings
 from sft_course.core import SFTError, what_moved
-from sft_course.recipe import SCRATCH, clearly_better
+from sft_course.recipe import clearly_better, scratch_phase
 
 SMALL = {"size": 64}
 
@@ -122,9 +123,8 @@ def test_no_global_state_is_left_changed(stripes):
 
 def test_from_scratch_runs_without_a_head_phase(stripes):
     tuner = FineTuner("lite0", stripes, weights=None, **SMALL)
-    result = tuner.run(Phase("all", epochs=1, lr=1e-3, views=0, batch_stats=True))
+    result = tuner.run(replace(scratch_phase(tuner.settings), epochs=1))
     assert result.card["metrics"]["head_accuracy"] is None and result.card["chosen"] == "tuned"
-    assert SCRATCH.batch_stats
 
 
 @pytest.mark.parametrize("wrong", [{"lr": 0.}, {"epochs": 0}, {"batch_size": 1}, {"depth_decay": 2.}, {"warmup": 1.}])

@@ -13,8 +13,10 @@ echo "built $(basename "$place"/dist/*.whl)"
 "$place/venv/bin/python" -m pip install --quiet "$place"/dist/*.whl
 mkdir "$place/empty" && cd "$place/empty"
 export XDG_CACHE_HOME=$place/cache
+# Without a network, where the system lets us take it away: nothing may be fetched at run time.
+offline=$(unshare -rn true 2> /dev/null && echo "unshare -rn" || echo env)
 "$place/venv/bin/sft-course" --help > /dev/null
-"$place/venv/bin/sft-course" demo | tee "$place/demo.log"
+$offline "$place/venv/bin/sft-course" demo | tee "$place/demo.log"
 tail -n 1 "$place/demo.log" | grep -Eq '^from scratch 0\.[0-9]+ · frozen head 0\.[0-9]+ · fine-tuned [01]\.[0-9]+$'
 for f in model.safetensors card.json history.csv; do test -s "sft-demo/$f"; done
 "$place/venv/bin/python" -c "import sft_course, os; assert os.path.realpath(sft_course.__file__).startswith(os.path.realpath('$place'))"
