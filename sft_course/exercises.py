@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['EXERCISES', 'Exercise', 'Verdict', 'check', 'tiny_network']
 
-# %% ../nbs/a3_exercises.ipynb #0f90676c
+# %% ../nbs/a3_exercises.ipynb #3d082ead
 from dataclasses import dataclass
 from typing import Any, Callable
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from .core import SFTError
 
-# %% ../nbs/a3_exercises.ipynb #76df8b3d
+# %% ../nbs/a3_exercises.ipynb #7b6b77ef
 @dataclass(frozen=True)
 class Exercise:
     """`right(answer)` judges; `why` explains a right answer; `hint` helps with a wrong one, unless one of `mistakes`,
@@ -32,7 +34,7 @@ class Verdict:
     def __bool__(self) -> bool: return self.passed
     def _repr_markdown_(self) -> str: return f"**{'Right' if self.passed else 'Not yet'}.** {self.text}"
 
-# %% ../nbs/a3_exercises.ipynb #07b9614d
+# %% ../nbs/a3_exercises.ipynb #614be06e
 EXERCISES: dict[str, Exercise] = {}
 
 def check(name: str, answer: Any) -> Verdict:
@@ -50,7 +52,7 @@ def _try(judge: Callable[[Any], bool], answer: Any) -> tuple[str, bool]:
     try: return "", bool(judge(answer))
     except Exception as e: return f"{type(e).__name__}: {e}", False
 
-# %% ../nbs/a3_exercises.ipynb #a7d77744
+# %% ../nbs/a3_exercises.ipynb #060a28ad
 def tiny_network() -> nn.Module:
     "A body (one convolution and a batch norm) and a head of four classes: 10 state entries, 4 of them parameters of the body."
     net = nn.Sequential()
@@ -61,7 +63,7 @@ def tiny_network() -> nn.Module:
 def _trainable(net: nn.Module) -> list[str]:
     return [n for n, p in net.named_parameters() if p.requires_grad]
 
-# %% ../nbs/a3_exercises.ipynb #fb3249fb
+# %% ../nbs/a3_exercises.ipynb #c9d4bd7a
 EXERCISES["00.1"] = Exercise(
     right=lambda a: a == 2,
     why="A linear head is a matrix and a vector. The other 245 entries of lite0's `state_dict` keep every bit.",
@@ -79,7 +81,7 @@ EXERCISES["00.2"] = Exercise(
     tempting=({"A": "fine-tuning", "B": "fine-tuning", "C": "pretraining", "D": "scratch"},
               {"A": "transfer", "B": "fine-tuning", "C": "fine-tuning", "D": "scratch"}))
 
-# %% ../nbs/a3_exercises.ipynb #bb15fe10
+# %% ../nbs/a3_exercises.ipynb #e23a2240
 def _share_is_right(share: Callable[[nn.Module], float]) -> bool:
     net = tiny_network()
     for p in net.body.parameters(): p.requires_grad_(False)
@@ -98,7 +100,7 @@ def _frozen_tiny() -> nn.Module:
     for p in net.body.parameters(): p.requires_grad_(False)
     return net
 
-# %% ../nbs/a3_exercises.ipynb #792d8733
+# %% ../nbs/a3_exercises.ipynb #7d8e9ef0
 def _freezes(freeze: Callable[[nn.Module], Any]) -> bool:
     net = tiny_network()
     freeze(net)
@@ -119,3 +121,397 @@ def _after(freeze: Callable[[nn.Module], Any]) -> list[str]:
     net = tiny_network()
     freeze(net)
     return _trainable(net)
+
+# %% ../nbs/a3_exercises.ipynb #9b2b0be6
+EXERCISES["01.1"] = Exercise(
+    right=lambda a: list(a) == [20, 4, 1],
+    why="A tenth of 3 rounds to none, and a class that is not tested is a class of which nothing is known: at least one is drawn.",
+    hint="A tenth of each class by itself, rounded; then read the docstring of `hold_back` once more.",
+    mistakes=((lambda a: list(a) == [20, 4, 0], "Rounding leaves the manuls untested. At least one of each class is drawn."),
+              (lambda a: sum(a) == 24, "That is a tenth of all pictures. Each class is drawn from by itself.")),
+    tempting=([20, 4, 0], [20, 4, .3], [24, 0, 0]))
+
+# %% ../nbs/a3_exercises.ipynb #5a7a66c1
+def _hash_bits(grey: np.ndarray) -> np.ndarray: return grey[:, 1:] > grey[:, :-1]
+
+def _mirrors(f: Callable) -> bool:
+    grey = np.random.default_rng(0).random((8, 9))
+    return np.array_equal(f(_hash_bits(grey)), _hash_bits(grey[:, ::-1]))
+
+def _gives(f: Callable, right: Callable) -> bool:
+    bits = _hash_bits(np.random.default_rng(0).random((8, 9)))
+    return np.array_equal(f(bits), right(bits))
+
+EXERCISES["01.2"] = Exercise(
+    right=_mirrors,
+    why="Each row is read backwards, and every comparison turns round: brighter to the right becomes brighter to the left.",
+    hint="Draw one row of three greys, write down its two bits, then mirror the row and write them down again.",
+    mistakes=((lambda f: _gives(f, lambda b: b[:, ::-1]), "The pairs are in the right places. But right of a cell is now left of it."),
+              (lambda f: _gives(f, lambda b: ~b), "Each comparison is turned round. Now put them in the mirrored places."),
+              (lambda f: _gives(f, lambda b: ~b[::-1]), "That turns the picture upside down. Mirroring reverses each row.")),
+    tempting=(lambda b: b[:, ::-1], lambda b: ~b, lambda b: ~b[::-1], lambda b: b))
+
+# %% ../nbs/a3_exercises.ipynb #79adfb01
+def _merges(f: Callable) -> bool:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1, 2, 30), rng.normal(4, 1, 70)
+    both = np.concatenate([a, b])
+    return np.allclose(f((30, a.mean(), a.std()), (70, b.mean(), b.std())), (100, both.mean(), both.std()))
+
+def _pooled(a, b):
+    n = a[0] + b[0]
+    return n, (a[0] * a[1] + b[0] * b[1]) / n, ((a[0] * a[2]**2 + b[0] * b[2]**2) / n)**.5
+
+def _halves(a, b): return a[0] + b[0], (a[1] + b[1]) / 2, (a[2] + b[2]) / 2
+
+def _equal(f: Callable, g: Callable) -> bool:
+    a, b = (10, 1., 2.), (30, 5., 1.)
+    return np.allclose(f(a, b), g(a, b))
+
+EXERCISES["01.3"] = Exercise(
+    right=_merges,
+    why="Counts, sums and sums of squares add; mean and std are computed from them at the end. So statistics can be taken in pieces, on several machines.",
+    hint="Get Σx = n·mean and Σx² = n·(std² + mean²) of each half, add them up, and turn back.",
+    mistakes=((lambda f: _equal(f, _pooled), "That averages the variances within the halves. The halves' means also lie apart, and that is variance too."),
+              (lambda f: _equal(f, _halves), "The halves may be of different size, and standard deviations do not average.")),
+    tempting=(_pooled, _halves))
+
+# %% ../nbs/a3_exercises.ipynb #125c5c23
+def _labels(f: Callable) -> bool:
+    parts = {"val": {"bee": ["3"], "wasp": ["4"]}, "train": {"wasp": ["5"], "ant": ["1"], "bee": ["2"]}}
+    found = f(parts)
+    index = {c: {y for part, folders in parts.items() for file, y in found[part] if file in folders.get(c, ())} for c in ("ant", "bee", "wasp")}
+    return all(len(i) == 1 for i in index.values()) and len(set().union(*index.values())) == 3 and sum(map(len, found.values())) == 5
+
+def _per_part(parts):
+    return {p: [(f, sorted(d).index(c)) for c in sorted(d) for f in d[c]] for p, d in parts.items()}
+
+def _first_part(parts):
+    classes = sorted(next(iter(parts.values())))
+    return {p: [(f, classes.index(c)) for c in sorted(d) for f in d[c]] for p, d in parts.items()}
+
+EXERCISES["01.4"] = Exercise(
+    right=_labels,
+    why="One list of classes, made once, from the training part, numbers them for all parts. The toy set had every class in every part, so it could not show the fault.",
+    hint="Give it a part that lacks the first class, and compare the numbers of the others.",
+    mistakes=((lambda f: _after_label(f) == {0}, "The bee is still 0 in `val`: the classes are still listed for each part by itself."),),
+    tempting=(_per_part, _first_part))
+
+def _after_label(f: Callable) -> set:
+    return {y for _, y in f({"train": {"ant": ["1"], "bee": ["2"]}, "val": {"bee": ["3"]}})["val"]}
+
+# %% ../nbs/a3_exercises.ipynb #fbbbdb8d
+class _Mobile(nn.Module):
+    "A body and, after dropout, a head that is not called `fc`."
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.body, self.classifier = nn.Conv2d(3, width, 3), nn.Sequential(nn.Dropout(.2), nn.Linear(width, 1000))
+
+    def forward(self, x): return self.classifier(self.body(x).relu().mean((2, 3)))
+
+class _Functional(nn.Module):
+    "Applies ReLU and mean in `forward`, as DenseNet does: no child of its own stands for them."
+    def __init__(self):
+        super().__init__()
+        self.body, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x): return self.last(self.body(x).relu().mean((2, 3)))
+
+# %% ../nbs/a3_exercises.ipynb #8d2ef4ea
+EXERCISES["02.1"] = Exercise(
+    right=lambda a: a == 7686,
+    why="6 × 1280 weights and 6 biases. The old head held 1,281,000 numbers; the new one is 167 times smaller.",
+    hint="A linear layer is a matrix of classes × features, and one number per class.",
+    mistakes=((lambda a: a == 7680, "That is the matrix. There is a bias too."),
+              (lambda a: a == 1_281_000, "That is the old head, of 1000 classes."),
+              (lambda a: a == 2, "That counts tensors. Count the numbers in them.")),
+    tempting=(7680, 1_281_000, 2))
+
+# %% ../nbs/a3_exercises.ipynb #723d40f8
+def _replaces(replace: Callable[[nn.Module, int], Any]) -> bool:
+    for width in (8, 12):
+        net = _Mobile(width)
+        body = net.body.weight.clone()
+        replace(net, 6)
+        if net(torch.zeros(2, 3, 8, 8)).shape != (2, 6) or not torch.equal(body, net.body.weight): return False
+        if not any(isinstance(m, nn.Dropout) for m in net.modules()) or hasattr(net, "fc"): return False
+    return True
+
+def _after_replacing(replace: Callable[[nn.Module, int], Any]) -> nn.Module:
+    replace(net := _Mobile(), 6)
+    return net
+
+# %% ../nbs/a3_exercises.ipynb #0d35e0d5
+def _adds_fc(net, classes): net.fc = nn.Linear(8, classes)
+def _sets_out_features(net, classes): net.classifier[-1].out_features = classes
+def _drops_dropout(net, classes): net.classifier = nn.Linear(net.classifier[-1].in_features, classes)
+def _types_width(net, classes): net.classifier[-1] = nn.Linear(8, classes)
+
+EXERCISES["02.2"] = Exercise(
+    right=_replaces,
+    why="Python lets you assign any attribute to a module. Only what `forward` calls takes part; so look at the output's shape after replacing a head.",
+    hint="Replace the layer that `forward` reaches, and take its width from the old one.",
+    mistakes=((lambda f: hasattr(_after_replacing(f), "fc"), "`forward` never calls `fc`. The head is the last entry of `classifier`."),
+              (lambda f: _after_replacing(f)(torch.zeros(1, 3, 8, 8)).shape == (1, 1000), "The output still has 1000 numbers. `out_features` is a note on the layer; the matrix is what counts."),
+              (lambda f: not any(isinstance(m, nn.Dropout) for m in _after_replacing(f).modules()), "The dropout is gone. Replace only the last entry."),
+              (lambda f: _after_replacing(f)(torch.zeros(1, 3, 8, 8)).shape == (1, 6), "That works for a body of 8 channels only. Ask the old layer for its `in_features`.")),
+    tempting=(_adds_fc, _sets_out_features, _drops_dropout, _types_width))
+
+# %% ../nbs/a3_exercises.ipynb #d781c3fa
+def _std_is_right(f: Callable[[float, int, float], float]) -> bool:
+    return all(abs(f(n, k, e) - (2 * e / (1 - 1 / k)) ** .5 / n) < 1e-6 for n, k, e in ((50., 6, .05), (1., 2, .1), (20., 100, .01)))
+
+EXERCISES["02.3"] = Exercise(
+    right=_std_is_right,
+    why="The scale that is harmless depends on the length of the features, so one number does not serve all backbones.",
+    hint="Solve excess = ½ (std · norm)² (1 − 1/K) for std.",
+    mistakes=((lambda f: abs(f(50., 6, .05) - 2 * .05 / (1 - 1 / 6) / 50) < 1e-6 or abs(f(50., 6, .05) - 2 * .05 / (1 - 1 / 6) / 50 ** 2) < 1e-6,
+               "The formula holds the square of the standard deviation. Take the root."),
+              (lambda f: abs(f(50., 6, .05) - (.1 / (1 - 1 / 6)) ** .5) < 1e-6, "That is the standard deviation of the logits. Divide by the length of the features."),
+              (lambda f: abs(f(50., 6, .05) - .1 ** .5 / 50) < 1e-6, "Nearly: with two classes, half of the noise cancels. Keep the factor 1 − 1/K.")),
+    tempting=(lambda norm, classes, excess: 2 * excess / (1 - 1 / classes) / norm ** 2,
+              lambda norm, classes, excess: (2 * excess / (1 - 1 / classes)) ** .5,
+              lambda norm, classes, excess: (2 * excess) ** .5 / norm))
+
+# %% ../nbs/a3_exercises.ipynb #74ace47d
+def _gives_features(f: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> bool:
+    for net in (_Functional().eval(), _Mobile().eval()):
+        x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        if not torch.allclose(f(net, x), net.body(x).relu().mean((2, 3))): return False
+        if any(m._forward_pre_hooks or m._forward_hooks for m in net.modules()): return False
+    return True
+
+def _chains(net, x): return nn.Sequential(*list(net.children())[:-1])(x)
+def _chains_and_pools(net, x): return _chains(net, x).mean((2, 3))
+
+def _leaves_its_hook(net, x):
+    given = []
+    list(net.children())[-1].register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    net(x)
+    return given[0]
+
+def _logits(net, x): return net(x)
+
+# %% ../nbs/a3_exercises.ipynb #1ddff084
+def _features_of_tiny(f: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    net, x = _Functional().eval(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return net, x, f(net, x)
+
+def _left_a_hook(f) -> bool:
+    net, _, _ = _features_of_tiny(f)
+    return any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
+
+def _missed_relu(f) -> bool:
+    net, x, h = _features_of_tiny(f)
+    return h.shape == (2, 8) and torch.allclose(h, net.body(x).mean((2, 3)))
+
+EXERCISES["02.4"] = Exercise(
+    right=_gives_features,
+    why="A hook sees what the head is really given, whatever `forward` does on the way. A chain of children sees only what is a child.",
+    hint="Listen at the last child with a forward pre-hook, run the network, take the hook away.",
+    mistakes=((_left_a_hook, "The hook is still there: every later forward pass would call it. Use the handle's `remove`."),
+              (_missed_relu, "Pooled, but without the ReLU that `forward` applies. Do not rebuild `forward`; listen to it."),
+              (lambda f: _features_of_tiny(f)[2].dim() == 4, "Those are maps. What `forward` does after the last convolution is missing."),
+              (lambda f: _features_of_tiny(f)[2].shape == (2, 4), "Those are the logits, after the head.")),
+    tempting=(_chains, _chains_and_pools, _leaves_its_hook, _logits))
+
+# %% ../nbs/a3_exercises.ipynb #b2151cbd
+EXERCISES["03.1"] = Exercise(
+    right=lambda a: abs(float(a) - 1.791759) < 2e-3,
+    why="−log(1/6) = log 6, about 1.79 nats. A new head whose first loss is far above that starts with logits that are too large.",
+    hint="The loss is −log of the probability that the label gets.",
+    mistakes=((lambda a: abs(float(a) - 1 / 6) < 1e-3, "That is the probability. The loss is minus its logarithm."),
+              (lambda a: abs(float(a) - 2.585) < 1e-2, "That is in bits. Nats have the natural logarithm."),
+              (lambda a: float(a) < 0, "Mind the sign: probabilities have negative logarithms, and the loss turns them round.")),
+    tempting=(1 / 6, 2.584963, -1.791759, 0.))
+
+# %% ../nbs/a3_exercises.ipynb #f510796c
+def _logits_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    "Logits (7, 5), some of them ±1000, labels, and what torch says is the gradient of their mean loss."
+    logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(3))
+    logits[0, 0], logits[1, 1], labels = 1000., -1000., torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    z = logits.clone().requires_grad_()
+    return logits, labels, torch.autograd.grad(nn.functional.cross_entropy(z, labels), z)[0]
+
+def _same_gradient(f: Callable, factor: float) -> bool:
+    logits, labels, want = _logits_case()
+    return torch.allclose(f(logits, labels), factor * want, atol=1e-6)
+
+def _gradient(z, y): return z.softmax(1) - nn.functional.one_hot(y, z.shape[1])
+def _gradient_upward(z, y): return -_gradient(z, y) / len(z)
+def _gradient_naive(z, y): return (z.exp() / z.exp().sum(1, keepdim=True) - nn.functional.one_hot(y, z.shape[1])) / len(z)
+
+# %% ../nbs/a3_exercises.ipynb #7daf0e48
+EXERCISES["03.2"] = Exercise(
+    right=lambda f: _same_gradient(f, 1),
+    why="p − y for each picture, divided by n because the loss is a mean. Autograd gives the same, at logits of ±1000 too.",
+    hint="Compare with `torch.autograd.grad(F.cross_entropy(z, labels), z)` on a small random z.",
+    mistakes=((lambda f: _same_gradient(f, 7), "That is the gradient of the sum. The mean divides by the number of pictures."),
+              (lambda f: _same_gradient(f, -1), "The sign is turned round: this points downhill. The gradient is p − y."),
+              (lambda f: f(*_logits_case()[:2]).isnan().any(), "Right for small logits, NaN at 1000. Use a softmax that subtracts the largest logit.")),
+    tempting=(_gradient, _gradient_upward, _gradient_naive))
+
+# %% ../nbs/a3_exercises.ipynb #ffde4146
+def _is_cross_entropy(f: Callable) -> bool:
+    logits, labels, _ = _logits_case()
+    return torch.isclose(f(logits, labels), nn.functional.cross_entropy(logits, labels)).item()
+
+def _softmax_twice(z, y): return nn.functional.cross_entropy(z.softmax(1), y)
+def _log_of_softmax(z, y): return nn.functional.nll_loss(z.softmax(1).log(), y)
+def _nll_of_softmax(z, y): return nn.functional.nll_loss(z.softmax(1), y)
+
+EXERCISES["03.3"] = Exercise(
+    right=_is_cross_entropy,
+    why="`F.cross_entropy` takes logits and holds the softmax itself. A second one squeezes all logits into 0 … 1, and the best loss is then log(1 + 5/e).",
+    hint="Give `F.cross_entropy` what it expects, and nothing else.",
+    mistakes=((lambda f: f(torch.eye(6) * 1000., torch.arange(6)) > 1, "There is still a softmax too many."),
+              (lambda f: f(torch.eye(6) * 3., torch.arange(6)) < 0, "`nll_loss` expects logarithms of probabilities."),
+              (lambda f: f(*_logits_case()[:2]).isinf(), "Right on paper. A probability that is rounded to 0 makes this loss infinite; log-softmax does not.")),
+    tempting=(_softmax_twice, _log_of_softmax, _nll_of_softmax))
+
+# %% ../nbs/a3_exercises.ipynb #4da318d0
+def _is_squared_error(f: Callable) -> bool:
+    x, t = torch.tensor([[1.], [2.], [4.]]), torch.tensor([1., 3., 3.])
+    return abs(float(f(x, t)) - 2 / 3) < 1e-6 and float(f(t[:, None], t)) == 0
+
+def _every_pair(x, t): return (x - t).square().mean()
+def _mean_first(x, t): return (x.mean() - t).square().mean()
+def _wrong_axis(x, t): return (x - t[None]).square().mean()
+def _summed(x, t): return (x.flatten() - t).square().sum()
+
+EXERCISES["03.4"] = Exercise(
+    right=_is_squared_error,
+    why="(n, 1) less (n,) broadcasts to (n, n): every prediction against every target. One shape for both ends it.",
+    hint="Make both (n,) or both (n, 1) before you subtract.",
+    mistakes=((lambda f: float(f(torch.tensor([[1.], [2.]]), torch.tensor([1., 2.]))) > 0, "An exact prediction still costs something: every prediction meets every target."),
+              (lambda f: float(f(torch.tensor([[1.], [2.], [4.]]), torch.tensor([1., 3., 3.]))) > 1, "The shapes are right. Take the mean over pictures, not the sum.")),
+    tempting=(_every_pair, _mean_first, _wrong_axis, _summed))
+
+# %% ../nbs/a3_exercises.ipynb #b1bc8898
+def _adjusts(f: Callable) -> bool:
+    evidence, shares = torch.tensor([[.2, .5, .3], [.6, .1, .3]]), torch.tensor([.9, .09, .01])
+    want = evidence / evidence.sum(1, keepdim=True)
+    return torch.allclose(f((evidence * shares).log(), shares).softmax(1), want, atol=1e-5)
+
+def _adds(z, s): return z + s.log()
+def _divides(z, s): return z / s
+def _subtracts(z, s): return z - s
+
+EXERCISES["03.5"] = Exercise(
+    right=_adjusts,
+    why="Logits are logarithms, so dividing the probabilities by the old shares is subtracting their logarithms. Softmax puts the sum back to one.",
+    hint="Probabilities must be divided by `shares`. What does that do to logits?",
+    mistakes=((lambda f: torch.allclose(f(torch.zeros(1, 2), torch.tensor([.9, .1])), torch.tensor([[.9, .1]]).log()), "That makes common classes more common still. Take the shares out."),
+              (lambda f: torch.allclose(f(torch.ones(1, 2), torch.tensor([.5, .25])), torch.tensor([[2., 4.]])), "Logits are not probabilities. Dividing belongs to those."),
+              (lambda f: torch.allclose(f(torch.ones(1, 2), torch.tensor([.5, .25])), torch.tensor([[.5, .75]])), "Logits are logarithms. Subtract the logarithms of the shares.")),
+    tempting=(_adds, _divides, _subtracts))
+
+# %% ../nbs/a3_exercises.ipynb #76ba7f6d
+def _near(a: Any, b: float) -> bool: return abs(float(a) - b) < 5e-3
+
+EXERCISES["04.1"] = Exercise(
+    right=lambda a: _near(a, 48 / 70),
+    why="48 of 70 pictures are right, 0.686. The mean of the three batch accuracies, 0.5, would count each picture of the last batch more than five times.",
+    hint="Add up what is right and what there is, and divide once.",
+    mistakes=((lambda a: _near(a, .5), "That is the mean of the batch accuracies 0.75, 0.75 and 0. The last batch has 6 pictures, not 32."),
+              (lambda a: _near(a, .75), "That leaves out the last batch. Its six pictures count too."),
+              (lambda a: _near(a, 48 / 96), "The last batch is not full.")),
+    tempting=(.5, .75))
+
+# %% ../nbs/a3_exercises.ipynb #e6897c52
+def _momentum_trace(step: Callable) -> torch.Tensor:
+    "Weights after three steps with gradients 1, 1, −2 and a velocity that starts at zero."
+    p, v = torch.ones(2), torch.zeros(2)
+    for g in (1., 1., -2.): p, v = step(p, torch.full((2,), g), v, .1, .9)
+    return p
+
+def _torch_trace() -> torch.Tensor:
+    p = nn.Parameter(torch.ones(2))
+    sgd = torch.optim.SGD([p], lr=.1, momentum=.9)
+    for g in (1., 1., -2.):
+        p.grad = torch.full((2,), g)
+        sgd.step()
+    return p.detach()
+
+def _is_trace(like: Callable) -> Callable[[Any], bool]: return lambda f: torch.allclose(_momentum_trace(f), _momentum_trace(like), atol=1e-6)
+
+# %% ../nbs/a3_exercises.ipynb #b07a4f09
+def _weighted(p, g, v, lr, mu): return p - lr * (mu * v + (1 - mu) * g), mu * v + (1 - mu) * g
+def _old_velocity(p, g, v, lr, mu): return p - lr * v, mu * v + g
+def _no_momentum(p, g, v, lr, mu): return p - lr * g, v
+
+EXERCISES["04.2"] = Exercise(
+    right=lambda f: torch.allclose(_momentum_trace(f), _torch_trace(), atol=1e-6),
+    why="The velocity adds gradients up, so a steady gradient is worth 1/(1 − mu) steps of plain SGD.",
+    hint="`v = mu * v + g`, then step by `lr * v`; return both.",
+    mistakes=((_is_trace(_weighted), "That is an average of gradients, as in Adam. torch's momentum adds the whole gradient."),
+              (_is_trace(_old_velocity), "You stepped along the old velocity. Update it first."),
+              (_is_trace(_no_momentum), "That is plain SGD: the velocity is not used.")),
+    tempting=(_weighted, _old_velocity, _no_momentum))
+
+# %% ../nbs/a3_exercises.ipynb #4a44f697
+def _kept(keep_best: Callable) -> float:
+    "Weight that `keep_best` returns for a network that gains 1 an epoch and is judged 0.5, 0.9, 0.3: should be 2."
+    net, scores = nn.Linear(1, 1, bias=False), iter((.5, .9, .3))
+    with torch.no_grad(): net.weight.zero_()
+    def one(net):
+        with torch.no_grad(): net.weight += 1
+    return keep_best(net, one, lambda net: next(scores), 3)["weight"].item()
+
+# %% ../nbs/a3_exercises.ipynb #6d4fa2d9
+def _keeps_reference(net, train_one, judge, n):
+    best, top = None, -1.
+    for _ in range(n):
+        train_one(net)
+        if (now := judge(net)) > top: best, top = net.state_dict(), now
+    return best
+
+def _keeps_shallow(net, train_one, judge, n):
+    best, top = None, -1.
+    for _ in range(n):
+        train_one(net)
+        if (now := judge(net)) > top: best, top = dict(net.state_dict()), now
+    return best
+
+def _keeps_first(net, train_one, judge, n):
+    train_one(net)
+    return {k: v.clone() for k, v in net.state_dict().items()}
+
+# %% ../nbs/a3_exercises.ipynb #5aed63f1
+EXERCISES["04.3"] = Exercise(
+    right=lambda f: _kept(f) == 2,
+    why="Cloned tensors stay as they are. `copy.deepcopy(net.state_dict())` does as well; `dict(...)` and `.copy()` do not.",
+    hint="Take a copy of each tensor at the moment it is best.",
+    mistakes=((lambda f: _kept(f) == 3, "Still the last weights: the dictionary holds the tensors that training goes on changing. Copy the tensors, not the dictionary."),
+              (lambda f: _kept(f) == 1, "Those are the first epoch's weights; the second was better.")),
+    tempting=(_keeps_reference, _keeps_shallow, _keeps_first))
+
+# %% ../nbs/a3_exercises.ipynb #bb5c8ce7
+def _accumulated(accumulate: Callable, size: int = 4) -> tuple[float, float]:
+    "Relative error of the gradient for 10 pictures in micro-batches of `size`, and its length relative to the true one."
+    g = torch.Generator().manual_seed(0)
+    x, y, net = torch.randn(10, 5, generator=g), torch.arange(10) % 3, nn.Linear(5, 3)
+    with torch.no_grad(): net.weight.copy_(torch.randn(3, 5, generator=g)); net.bias.zero_()
+    true, = torch.autograd.grad(F.cross_entropy(net(x), y), net.weight)
+    accumulate(net, x, y, size)
+    return ((net.weight.grad - true).norm() / true.norm()).item(), (net.weight.grad.norm() / true.norm()).item()
+
+# %% ../nbs/a3_exercises.ipynb #dea7b8eb
+def _by_count(net, x, y, size):
+    parts = list(zip(x.split(size), y.split(size)))
+    for a, b in parts: (F.cross_entropy(net(a), b) / len(parts)).backward()
+
+def _undivided(net, x, y, size):
+    for a, b in zip(x.split(size), y.split(size)): F.cross_entropy(net(a), b).backward()
+
+def _by_size(net, x, y, size):
+    for a, b in zip(x.split(size), y.split(size)): (F.cross_entropy(net(a), b, reduction="sum") / size).backward()
+
+# %% ../nbs/a3_exercises.ipynb #ddc490d8
+EXERCISES["04.4"] = Exercise(
+    right=lambda f: all(_accumulated(f, s)[0] < 1e-5 for s in (1, 3, 4, 7, 10)),
+    why="Each micro-batch counts by its size, so the sum of the parts is the gradient of the whole batch. Reported for Hugging Face's trainer in October 2024, where the parts were texts of unequal length.",
+    hint="Each micro-batch's mean must be weighed by its share of the pictures; or sum the losses and divide by the number of all pictures.",
+    mistakes=((lambda f: abs(_accumulated(f)[0] - _accumulated(_by_count)[0]) < 1e-6, "Every micro-batch still weighs the same. The last one is smaller."),
+              (lambda f: _accumulated(f)[1] > 1.5, "The gradient is too long: it is a sum of means, or a sum over pictures, that nothing divides by the number of pictures.")),
+    tempting=(_by_count, _undivided, _by_size))

@@ -69,10 +69,10 @@ def public(cell):
 def test_every_exported_function_has_a_lesson_after_it(path):
     code = cells(path, "code")
     for i, cell in enumerate(code):
-        for name in public(cell) if is_export(cell) else []:
-            lessons = [c for c in code[i + 1:] if not is_export(c) and re.search(rf"\b{name}\b", source(c))]
-            used = [c for j, c in enumerate(code) if j != i and is_export(c) and re.search(rf"\b{name}\b", source(c))]
-            assert lessons or used, f"{name} is neither shown nor used"
+        names = "|".join(public(cell)) if is_export(cell) else ""
+        if names:
+            shown = [c for j, c in enumerate(code) if (j > i or is_export(c)) and j != i and re.search(rf"\b({names})\b", source(c))]
+            assert shown, f"{names}: neither shown nor used"
     assert not any(is_export(c) for c in code) or any(asserts(c) for c in code)
 
 
