@@ -226,7 +226,7 @@ def paint_petal(
     light *= 1 - ink * np.clip(1.2 - edge / (1 + .004 * len(canvas.mask)), 0, 1)
     coverage = np.clip(.5 + edge / soft, 0, 1)
     colour = petal.colour.take(along, 1) * light
-    under = canvas.rgb[:, *window]
+    under = canvas.rgb[(slice(None), *window)]
     under += coverage * (colour - under)
     seen = coverage > .5
     canvas.mask[window][seen], canvas.owner[window][seen] = kind, number

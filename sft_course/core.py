@@ -6,7 +6,7 @@
 __all__ = ['SECTION', 'PREFIX', 'PALETTE', 'DECISIVE', 'SFTError', 'Settings', 'settings_file', 'load_settings', 'open_dataset',
            'pick_device', 'seeded', 'style', 'what_moved', 'code_key', 'recorded']
 
-# %% ../nbs/00_concepts.ipynb #2606ad28
+# %% ../nbs/00_concepts.ipynb #62b3cc0a
 import configparser, difflib, os
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -16,11 +16,11 @@ from typing import Any, Callable, Iterable, Iterator, Mapping
 import sft_course
 from .blooms import DOMAINS, blooms_folder, picture, progress
 
-# %% ../nbs/00_concepts.ipynb #7e565470
+# %% ../nbs/00_concepts.ipynb #3ab86413
 class SFTError(ValueError):
     "A fault that a person can mend: one sentence that names the file or value, what is wrong, and what to do."
 
-# %% ../nbs/00_concepts.ipynb #06ed11ed
+# %% ../nbs/00_concepts.ipynb #966e1020
 def _setting(allowed: str, ok=lambda v: True):
     return field(metadata={"allowed": allowed, "ok": ok})
 
@@ -30,7 +30,7 @@ def _one_of(*names):
 def _whole(low, high):
     return _setting(f"a whole number from {low} to {high}", lambda v: low <= v <= high)
 
-# %% ../nbs/00_concepts.ipynb #41bac806
+# %% ../nbs/00_concepts.ipynb #e7c7e1a5
 @dataclass(frozen=True)
 class Settings:
     "What a run is made of. `load_settings` reads it; `origin` remembers where each value came from."
@@ -63,7 +63,7 @@ class Settings:
         allowed = self.__dataclass_fields__[key].metadata["allowed"]
         return SFTError(f"{self.origin.get(key, key)} = {getattr(self, key)}: {because or 'not allowed'}; use {allowed}.")
 
-# %% ../nbs/00_concepts.ipynb #a2c523d5
+# %% ../nbs/00_concepts.ipynb #0ce2933e
 SECTION, PREFIX = "course", "SFT_COURSE_"
 _KEYS = tuple(f.name for f in fields(Settings) if f.metadata)
 
@@ -78,7 +78,7 @@ def _packaged() -> Path:
     here = Path(sft_course.__file__).resolve().parent
     return next(f for f in (here / "settings.ini", here.parent / "settings.ini") if f.is_file())
 
-# %% ../nbs/00_concepts.ipynb #41819b61
+# %% ../nbs/00_concepts.ipynb #ac364d99
 def _known(key: str, where: str) -> str:
     if key in _KEYS: return key
     near = difflib.get_close_matches(key, _KEYS, 1)
@@ -95,7 +95,7 @@ def _read_ini(path: Path) -> dict[str, tuple[str, str]]:
     if (d := out.get("dataset")) and d[0] not in ("", "blooms"): out["dataset"] = (str(path.parent / Path(d[0]).expanduser()), d[1])
     return out
 
-# %% ../nbs/00_concepts.ipynb #998f9063
+# %% ../nbs/00_concepts.ipynb #49abf727
 def load_settings(**given) -> Settings:
     """The settings in force. Later sources win: packaged defaults, the nearest settings.ini, `SFT_COURSE_*`, `given`.
 
@@ -119,7 +119,7 @@ def _checked(found: dict[str, tuple[Any, str]]) -> Settings:
         if not Settings.__dataclass_fields__[k].metadata["ok"](values[k]): raise raw.wrong(k)
     return Settings(**values, origin=origin)
 
-# %% ../nbs/00_concepts.ipynb #1cb52827
+# %% ../nbs/00_concepts.ipynb #a1ca4bf4
 def open_dataset(settings: Settings) -> Path:
     "The folder that `settings.dataset` names; Blooms is drawn on first use and found again after that."
     if settings.dataset == "blooms":
@@ -128,7 +128,7 @@ def open_dataset(settings: Settings) -> Path:
     if not (folder := Path(settings.dataset)).exists(): raise settings.wrong("dataset", "there is no such folder")
     return folder
 
-# %% ../nbs/00_concepts.ipynb #e6432b51
+# %% ../nbs/00_concepts.ipynb #dbc636d8
 def pick_device(settings: Settings):
     "The torch device to train on: what `settings.device` says; `auto` is the first CUDA GPU, else the processor."
     import torch
@@ -146,7 +146,7 @@ def seeded(seed: int) -> Iterator[None]:
         torch.manual_seed(seed)
         yield
 
-# %% ../nbs/00_concepts.ipynb #581c2b59
+# %% ../nbs/00_concepts.ipynb #72038e77
 # Okabe and Ito's colours: readers who cannot tell red from green can tell these apart.
 PALETTE = {"scratch": "#7a7a7a", "frozen": "#0072b2", "tuned": "#e69f00", "destroyed": "#cc79a7", "chance": "#bbbbbb"}
 
@@ -156,13 +156,13 @@ def style() -> None:
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind",
                   rc={"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True})
 
-# %% ../nbs/00_concepts.ipynb #0fbcf170
+# %% ../nbs/00_concepts.ipynb #6c755863
 def what_moved(before: Mapping, after: Mapping) -> list[str]:
     "Names of the entries that differ between two `state_dict`s of the same network, in its own order."
     import torch
     return [k for k in before if not torch.equal(before[k], after[k])]
 
-# %% ../nbs/00_concepts.ipynb #38f00bc6
+# %% ../nbs/00_concepts.ipynb #397e716a
 def code_key(*functions, settings: Settings | None = None) -> str:
     "A hash of what the functions do (not of comments, docstrings or layout) and of the settings that decide results."
     import ast, hashlib, inspect, textwrap
@@ -177,7 +177,7 @@ def code_key(*functions, settings: Settings | None = None) -> str:
 
 DECISIVE = ("dataset", "backbone", "image_size", "blooms_train", "blooms_test", "blooms_domain")
 
-# %% ../nbs/00_concepts.ipynb #1a93da9e
+# %% ../nbs/00_concepts.ipynb #500657ef
 def recorded(name: str, run: Callable[..., dict], grid: Iterable[dict], uses: tuple = (), settings: Settings | None = None):
     """Rows of a long experiment as a DataFrame: one `run(**row)` for each row of `grid`, read from `runs/name.csv`.
 

@@ -1,5 +1,6 @@
 "The structural rule: modules stand in reading order, and a module imports only modules before it."
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +46,10 @@ def test_nothing_else_at_the_top_level():
     known = {"settings.ini", "README.md", "nbs", "sft_course", "tests", "images", "pyproject.toml", "Makefile", "LICENSE", "CHANGELOG.md"}
     tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split()
     assert {t.split("/")[0] for t in tracked if not t.startswith(".")} <= known
+
+
+def test_everything_is_written_for_the_oldest_python_that_is_promised():
+    oldest = re.search(r'requires-python = ">=3\.(\d+)"', (REPO / "pyproject.toml").read_text())[1]
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--target-version", f"py3{oldest}", "--select", "E9", "sft_course", "tests"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
