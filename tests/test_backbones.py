@@ -3,7 +3,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sft_course.backbones import load_weights, new_head, open_backbone
+from sft_course.backbones import account, cut_into_stages, load_weights, new_head, open_backbone
 from sft_course.core import SFTError
 from sft_course.freezing import split_at
 
@@ -109,3 +109,72 @@ def test_a_download_that_fails_is_one_sentence(monkeypatch):
 def test_a_misspelt_name_gets_a_suggestion():
     with pytest.raises(SFTError, match="did you mean .*resnet50"):
         open_backbone("resnet_50")
+
+
+@pytest.mark.parametrize("name", ["levit_128s", "deit_tiny_distilled_patch16_224", "crossvit_9_240"])
+def test_two_heads_are_refused_by_name(name):
+    with pytest.raises(SFTError, match=f"backbone {name}: this network has two heads, head.* and head"):
+        open_backbone(name, None)
+
+
+def test_what_was_pretrained_without_a_head_gets_one():
+    net = open_backbone("eva02_tiny_patch14_224", None)
+    assert net.stages[-1].name == "head" and net.head.weight.shape == (1000, 192)
+    staged = [n for s in net.stages for n in s.parameters]
+    assert sorted(staged) == sorted(n for n, _ in net.model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "convnext_atto"])
+def test_a_network_made_without_a_head_is_refused(name):
+    import timm
+    with pytest.raises(SFTError, match="is no classifier"):
+        cut_into_stages(timm.create_model(name, num_classes=0), 224)
+
+
+def test_what_holds_nearly_everything_is_opened_and_lists_of_blocks_are():
+    "A ModuleList never runs itself: its blocks are the pieces, in the order in which they run."
+    names = [s.name for s in open_backbone("cait_xxs24_224", None).stages]
+    assert [n for n in names if n.startswith("blocks.")] == [f"blocks.{i}" for i in range(24)] and names[-1] == "head"
+    names = [s.name for s in open_backbone("coat_lite_tiny", None).stages]
+    assert names.index("serial_blocks1.0") < names.index("patch_embed2")
+
+
+def test_auxiliary_heads_are_taken_off():
+    "One output in training too, and the input is scaled as it was in pretraining whatever the weights."
+    net = open_backbone("googlenet", None)
+    assert net.model.train()(torch.zeros(2, 3, 64, 64)).shape == (2, 1000) and net.model.transform_input
+    assert not any("aux" in n for n, _ in net.model.named_parameters())
+
+
+@pytest.mark.parametrize("name, size, theirs", [("resnet18", 224, 1.814), ("vit_b_16", 224, 17.564), ("swin_t", 224, 4.491)])
+def test_accounts_add_up(name, size, theirs):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    net = open_backbone(name, None)
+    net.model.requires_grad_(False)
+    rows = account(net, size)
+    assert not any(p.requires_grad for p in net.model.parameters()) and not net.model.training
+    assert sum(r["parameters"] for r in rows) == sum(p.numel() for p in net.model.parameters())
+    net.model.requires_grad_(True)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # attention as products, which torch counts
+        net.model(torch.zeros(1, 3, size, size))
+    assert sum(r["multiply_adds"] for r in rows) == counter.get_total_flops() // 2
+    assert abs(sum(r["multiply_adds"] for r in rows) / 1e9 - theirs) < .01
+    assert all(r["multiply_adds"] > 0 and r["activation_bytes"] > 0 for r in rows)
+
+
+def test_memory_counts_what_is_kept_once_and_no_weights():
+    "Layers keep their inputs; ReLU its output, which is the next layer's input; a mean keeps nothing; the weights are not counted."
+    from torch import nn
+
+    from sft_course.backbones import Backbone
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2))
+    rows = account(Backbone("toy", net, cut_into_stages(net, 16), (0,) * 3, (1,) * 3, 16, 1., "None"), 16, batch=2)
+    assert [r["activation_bytes"] for r in rows] == [2 * 4 * (3 * 16 * 16 + 4 * 14 * 14), 0, 2 * 4 * 5]
+    assert [r["multiply_adds"] for r in rows] == [2 * 4 * 14 * 14 * 27, 2 * 5 * 12 * 12 * 36, 2 * 10]
+
+
+def test_the_scale_of_a_new_head():
+    head = new_head(open_backbone("resnet18", None), 200, std=.1).head
+    assert abs(head.weight.std().item() - .1) < .002 and head.bias.abs().sum() == 0
+    assert new_head(open_backbone("squeezenet1_1", None), 6, std=0).head.weight.abs().sum() == 0

@@ -34,7 +34,7 @@ def lines(cell):
 
 def whole():
     "Chapters that are written out: those with exercises."
-    return [p for p in CHAPTERS if any(source(c).startswith("## Exercises") for c in cells(p, "markdown"))]
+    return [p for p in CHAPTERS if any(re.search(r"^## Exercises", source(c), re.M) for c in cells(p, "markdown"))]
 
 
 def is_export(cell):
