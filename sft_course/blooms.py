@@ -704,9 +704,13 @@ def write_blooms(
 # %% ../nbs/a1_blooms.ipynb #19b9b3bc
 def in_processes(calls: list[Callable], workers: int) -> Iterable:
     "Results of the calls, in order, as they come; few calls are not worth starting processes for."
-    if workers == 1 or len(calls) < 100: return (call() for call in calls)
+    if workers == 1 or len(calls) < 100:
+        yield from (call() for call in calls)
+        return
     from joblib import Parallel, delayed
-    return Parallel(n_jobs=workers, return_as="generator")(delayed(call)() for call in calls)
+    from joblib.externals.loky import get_reusable_executor
+    try: yield from Parallel(n_jobs=workers, return_as="generator")(delayed(call)() for call in calls)
+    finally: get_reusable_executor().shutdown(wait=True)  # idle, they would keep this process from ending for minutes
 
 # %% ../nbs/a1_blooms.ipynb #97bf9591
 def blooms_folder(

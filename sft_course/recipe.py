@@ -6,7 +6,7 @@
 __all__ = ['Phase', 'default_phases', 'Prediction', 'Result', 'eval_logits', 'predict', 'save_artifact', 'load_artifact',
            'FineTuner', 'clearly_better', 'run_phase', 'measure', 'run_phases', 'fine_tune', 'scratch_phase', 'demo']
 
-# %% ../nbs/09_recipe.ipynb #96d841f4
+# %% ../nbs/09_recipe.ipynb #e34f5784
 import csv, json, os, platform, time, warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from .freezing import activations, fit_head, split_at
 from .unfreezing import first_trainable, freeze_below, param_groups, training_mode
 from .schedules import schedule
 
-# %% ../nbs/09_recipe.ipynb #6e894bf9
+# %% ../nbs/09_recipe.ipynb #934c0899
 @dataclass(frozen=True)
 class Phase:
     """One step of a recipe.
@@ -48,12 +48,12 @@ class Phase:
                          ("views", self.views >= 0), ("depth_decay", 0 < self.depth_decay <= 1), ("warmup", 0 <= self.warmup < 1)):
             if not ok: raise SFTError(f"Phase: {name} = {getattr(self, name)} is out of range.")
 
-# %% ../nbs/09_recipe.ipynb #297262f0
+# %% ../nbs/09_recipe.ipynb #ba447072
 def default_phases(settings: Settings) -> tuple[Phase, ...]:
     "The best head on frozen features, then the upper six stages from there, for more passes in the full profile."
     return Phase("head"), Phase(6, epochs=settings.pick(quick=6, full=12))
 
-# %% ../nbs/09_recipe.ipynb #ed3b0e43
+# %% ../nbs/09_recipe.ipynb #10564c8b
 @dataclass(frozen=True)
 class Prediction:
     "The most probable class of one picture, its probability, and all probabilities by class."
@@ -80,7 +80,7 @@ class Result:
         m = self.card["metrics"]
         return f"Result({m['accuracy']:.3f} accuracy on {m['n_val']} pictures, {len(self.classes)} classes, {self.backbone.name})"
 
-# %% ../nbs/09_recipe.ipynb #c6502622
+# %% ../nbs/09_recipe.ipynb #107c69db
 def eval_logits(backbone: Backbone, pixels: np.ndarray, size: int, device="cpu", batch: int = 64) -> torch.Tensor:
     "Logits (n, classes) of decoded pictures uint8 (n, s, s, 3): the mean over the plain view and its mirror image."
     views = [plain_view(len(pixels), size / pixels.shape[1], flip) for flip in (False, True)]
@@ -99,7 +99,7 @@ def _read(path: str | Path, size: int) -> np.ndarray:
     try: return read_picture(path, size)
     except Exception as e: raise SFTError(f"{path}: cannot be read as a picture ({type(e).__name__}); give a JPEG, PNG or other picture file.") from None
 
-# %% ../nbs/09_recipe.ipynb #233c6ea3
+# %% ../nbs/09_recipe.ipynb #1b06d816
 def save_artifact(result: Result, out: str | Path) -> Path:
     "Write `model.safetensors`, `card.json` and `history.csv` into folder `out`, each whole or not at all; the card is last."
     from safetensors.torch import save
@@ -123,7 +123,7 @@ def _table(rows: list[dict]) -> str:
     keys = list(dict.fromkeys(k for r in rows for k in r))
     return "\n".join([",".join(keys), *(",".join(str(r.get(k, "")) for k in keys) for r in rows)]) + "\n"
 
-# %% ../nbs/09_recipe.ipynb #323fb131
+# %% ../nbs/09_recipe.ipynb #2eabadaa
 def load_artifact(folder: str | Path, device="cpu") -> Result:
     "The `Result` that was saved in `folder`. Raises `SFTError` where it is not an artifact or does not fit its card."
     from safetensors.torch import load_file
@@ -146,7 +146,7 @@ def load_artifact(folder: str | Path, device="cpu") -> Result:
 Result.predict = lambda self, paths: predict(self, paths) if isinstance(paths, (list, tuple)) else predict(self, [paths])[0]
 Result.save = save_artifact
 
-# %% ../nbs/09_recipe.ipynb #28b60be2
+# %% ../nbs/09_recipe.ipynb #36de64f4
 class FineTuner:
     "Runs phases on a backbone and a folder (or `Catalog`); keeps the best weights, seen on held-back pictures."
 
@@ -157,7 +157,9 @@ class FineTuner:
         self.size, self.out, self.started = size or self.settings.fit_image_size, out, time.perf_counter()
         catalog = data if isinstance(data, Catalog) else scan(data, self.seed)
         self.device, self.cache = pick_device(self.settings), self.settings.cache_dir
-        self.backbone = open_backbone(backbone, weights, self.seed)
+        try: self.backbone = open_backbone(backbone, weights, self.seed)
+        except SFTError as e:
+            raise (self.settings.wrong("backbone", str(e).rstrip(".")) if backbone == self.settings.backbone else e) from None
         self.pixels = decode_once(catalog, decoded_size(self.size, self.backbone.crop), self.cache)
         self.catalog = self.pixels.catalog
         new_head(self.backbone, len(self.catalog.classes), self.seed).model.to(self.device)
@@ -176,7 +178,7 @@ class FineTuner:
         n, zoom = len(self.catalog), self.size / self.pixels.pixels.shape[1]
         return plain_view(n, zoom, number == 1) if number < 2 else random_view(n, (self.seed, number))
 
-# %% ../nbs/09_recipe.ipynb #c976e768
+# %% ../nbs/09_recipe.ipynb #578ff369
 @dataclass(frozen=True)
 class _Candidate:
     "Weights that may be chosen: their score on the held-back pictures, which of those they got right, and the weights."
@@ -194,7 +196,7 @@ def clearly_better(right: np.ndarray, than: np.ndarray) -> bool:
     won, lost = int((right & ~than).sum()), int((than & ~right).sum())
     return won - lost > (won + lost) ** .5
 
-# %% ../nbs/09_recipe.ipynb #27eea08b
+# %% ../nbs/09_recipe.ipynb #7ae9d218
 def _activations(tuner: FineTuner, lower, rows: np.ndarray, view: int, desc: str = "features") -> np.ndarray:
     "What `lower` makes of pictures `rows` in one view, from the cache on disk where it is there."
     return activations(lower, tuner.backbone, tuner.pixels, tuner.view(view), tuner.size, tuner.cache, rows, tuner.device, desc)
@@ -220,7 +222,7 @@ def _set_head(backbone: Backbone, head: tuple[torch.Tensor, torch.Tensor]) -> No
         backbone.head.weight.copy_(head[0].view_as(backbone.head.weight))
         backbone.head.bias.copy_(head[1])
 
-# %% ../nbs/09_recipe.ipynb #054d791c
+# %% ../nbs/09_recipe.ipynb #63190d2c
 def _source(tuner: FineTuner, phase: Phase, lower, rows: np.ndarray, fixed: tuple[int, ...] = ()):
     """`inputs(epoch)(positions)` makes the batch that the trainable part sees.
 
@@ -257,7 +259,7 @@ def _fits(tuner: FineTuner, lower, pictures: int) -> bool:
                       "they are computed anew in every epoch", stacklevel=2)
     return gigabytes <= tuner.settings.cache_gigabytes
 
-# %% ../nbs/09_recipe.ipynb #84719d03
+# %% ../nbs/09_recipe.ipynb #8ec54e86
 def _train(tuner: FineTuner, phase: Phase) -> None:
     "Train the upper stages with AdamW; after every epoch, keep the weights if the held-back pictures like them best."
     stage = first_trainable(tuner.backbone, phase.train)
@@ -284,7 +286,7 @@ def _ticking(order, bar):
         yield rows
         bar.update()
 
-# %% ../nbs/09_recipe.ipynb #077a3e29
+# %% ../nbs/09_recipe.ipynb #70561400
 def _choose(tuner: FineTuner) -> str:
     "Load the weights that the held-back pictures prefer, and say which they are."
     if tuner.head and not (tuner.tuned and clearly_better(tuner.tuned.right, tuner.head.right)):
@@ -299,7 +301,7 @@ def _versions() -> dict[str, str]:
     return {"sft_course": sft_course.__version__, "python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__, "timm": timm.__version__}
 
-# %% ../nbs/09_recipe.ipynb #43d43a4d
+# %% ../nbs/09_recipe.ipynb #5d1823ea
 def _card(tuner: FineTuner, chosen: str, test: Score, phases: list[Phase]) -> dict:
     b, c = tuner.backbone, tuner.catalog
     return {"classes": list(c.classes), "backbone": b.name, "weights": b.weights,
@@ -340,7 +342,7 @@ def _can_gain(tuner: FineTuner) -> bool:
 FineTuner.step, FineTuner.measure = run_phase, measure
 FineTuner.run = run_phases
 
-# %% ../nbs/09_recipe.ipynb #9630855b
+# %% ../nbs/09_recipe.ipynb #e14253d7
 def fine_tune(data: str | Path | Catalog, backbone: str | None = None, out: str | Path | None = None, *, size: int | None = None,
               seed: int | None = None, phases: tuple[Phase, ...] | None = None, settings: Settings | None = None) -> Result:
     """Fine-tune a pretrained network on a folder of labelled pictures, with the default recipe unless `phases` are given.
@@ -351,7 +353,7 @@ def fine_tune(data: str | Path | Catalog, backbone: str | None = None, out: str 
     tuner = FineTuner(backbone or settings.backbone, data, out, size=size, seed=seed, settings=settings)
     return tuner.run(*(phases or default_phases(settings)))
 
-# %% ../nbs/09_recipe.ipynb #853693e8
+# %% ../nbs/09_recipe.ipynb #8f1e030b
 def scratch_phase(settings: Settings) -> Phase:
     "All layers from random weights: a larger rate, batch norms that learn their statistics, new views in every epoch."
     return Phase("all", epochs=settings.pick(quick=8, full=60), lr=1e-3, views=0, batch_stats=True)

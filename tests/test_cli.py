@@ -1,5 +1,6 @@
 "The command line as a stranger meets it: one sentence for what is wrong, never a traceback."
 import json
+import re
 import shutil
 
 import pytest
@@ -139,3 +140,16 @@ def test_same_seed_same_bytes_with_and_without_the_caches(fitted, cli, tmp_path)
     one, two = (json.loads(d.stdout.splitlines()[-1]) for d in (first, again))
     assert one["accuracy"] == two["accuracy"]
     assert (place / "data-model" / "model.safetensors").read_bytes() == (place / "again" / "model.safetensors").read_bytes()
+
+
+def test_demo_runs_on_what_the_nearest_settings_file_says(cli, tmp_path, stripes):
+    (tmp_path / "settings.ini").write_text("[course]\ndataset = stripes\nimage_size = 64\nseed = 3\n")
+    done = cli("demo", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"from scratch \d\.\d+ · frozen head \d\.\d+ · fine-tuned \d\.\d+", done.stdout.splitlines()[-1])
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["classes"] == ["stripes", "waves"] and card["preprocessing"]["size"] == 64 and card["seed"] == 3
+    (tmp_path / "settings.ini").write_text("[course]\ndataset = gone\n")
+    assert "settings.ini: [course] dataset = " in sentence(cli("demo", cwd=tmp_path))
+    (tmp_path / "settings.ini").write_text("[course]\ndataset = stripes\nbackbone = resnet5\n")
+    assert "settings.ini: [course] backbone = resnet5: there is no backbone 'resnet5'" in sentence(cli("demo", cwd=tmp_path))
