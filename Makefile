@@ -43,6 +43,10 @@ export: $(READY) ## notebooks → sft_course/, README.md; clean the notebooks
 readme: $(READY) ## nbs/index.ipynb → README.md
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed -E 's@\.\./images/@images/@g; s@\]\(([a-z0-9_]+\.ipynb)\)@](nbs/\1)@g' > README.md
 
+links: ## the badges of all chapters, from the address in pyproject.toml
+	home=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml) && \
+	sed -i -E "s#(colab\.research\.google\.com/github)/[^/]+/[^/]+/blob#\1/$$home/blob#g" nbs/*.ipynb
+
 save: $(READY) ## run every notebook and keep the outputs
 	SFT_STRICT=1 $(BIN)/nbdev-test --n-workers 1 --timing --save nbs
 	$(BIN)/nbdev-clean
@@ -56,4 +60,4 @@ lint: $(READY) ## ruff on the tests
 clean: ## take away what was built, but not .venv
 	rm -rf dist build out .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo test wheel-check lab export readme save record lint clean
+.PHONY: help install demo test wheel-check lab export readme links save record lint clean

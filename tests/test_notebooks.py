@@ -28,7 +28,7 @@ def source(cell):
 
 
 def lines(cell):
-    "Lines of code, without directives, comments' blank lines and blanks."
+    "Lines of code, without directives and blanks."
     return [line for line in source(cell).splitlines() if line.strip() and not line.startswith("#|")]
 
 
