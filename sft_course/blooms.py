@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SPECIES', 'DOMAINS', 'VERSION', 'STEPS', 'ALONG', 'ACROSS', 'GREENS', 'HUES', 'HEARTS', 'EARTH', 'TRUTH', 'Species',
-           'contact_sheet', 'picture', 'progress', 'petal_profile', 'rotation', 'Petal', 'bend_strip', 'Canvas',
-           'soft_noise', 'to_image', 'to_planes', 'new_canvas', 'petal_window', 'petal_coordinates', 'cast_shadow',
-           'paint_petal', 'colour_ramp', 'tables', 'make_leaf', 'make_stem', 'petal_colour', 'petal_colours', 'Anatomy',
-           'vein_table', 'grow', 'make_petal', 'heart_sprite', 'paint_heart', 'paint_flower', 'blend', 'paint_of',
-           'draw_blades', 'draw_bokeh', 'garden_background', 'paper_background', 'paint_foliage', 'paint_plant',
-           'paint_occluders', 'press', 'paste_label', 'paint_tape', 'light_from', 'camera', 'set_out', 'set_in',
-           'take_picture', 'Bloom', 'place_flowers', 'seen_box', 'check_choice', 'check_range', 'draw_bloom',
-           'picture_seed', 'write_picture', 'write_blooms', 'in_processes', 'blooms_folder']
+           'contact_sheet', 'picture', 'kernel_runs', 'progress', 'petal_profile', 'rotation', 'Petal', 'bend_strip',
+           'Canvas', 'soft_noise', 'to_image', 'to_planes', 'new_canvas', 'petal_window', 'petal_coordinates',
+           'cast_shadow', 'paint_petal', 'colour_ramp', 'tables', 'make_leaf', 'make_stem', 'petal_colour',
+           'petal_colours', 'Anatomy', 'vein_table', 'grow', 'make_petal', 'heart_sprite', 'paint_heart',
+           'paint_flower', 'blend', 'paint_of', 'draw_blades', 'draw_bokeh', 'garden_background', 'paper_background',
+           'paint_foliage', 'paint_plant', 'paint_occluders', 'press', 'paste_label', 'paint_tape', 'light_from',
+           'camera', 'set_out', 'set_in', 'take_picture', 'Bloom', 'place_flowers', 'seen_box', 'check_choice',
+           'check_range', 'draw_bloom', 'picture_seed', 'write_picture', 'write_blooms', 'in_processes',
+           'blooms_folder']
 
 # %% ../nbs/a1_blooms.ipynb #8dcb90a0
 import csv
@@ -71,11 +72,14 @@ def picture(what, alt: str, quality: int | None = None):
     return Shown(data=file.getvalue(), format=kind, alt=alt)
 
 # %% ../nbs/a1_blooms.ipynb #73e163e5
+def kernel_runs() -> bool:
+    "Whether a notebook's kernel is there to show bars and answer sliders."
+    return hasattr(getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel")
+
 def progress(items: Iterable | None = None, **options):
     "A tqdm bar for what takes longer than two seconds: in a terminal or a notebook; none in a pipe."
     from tqdm.auto import tqdm
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    shown = hasattr(shell, "kernel") or sys.stderr.isatty()
+    shown = kernel_runs() or sys.stderr.isatty()
     return tqdm(items, **{"disable": not shown, "delay": 2, "leave": False} | options)
 
 # %% ../nbs/a1_blooms.ipynb #94a08a94

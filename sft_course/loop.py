@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .core import SFTError, seeded
+from .backbones import misfits
 
 # %% ../nbs/04_loop.ipynb #4f582be7
 def batches(n: int, size: int, seed=None) -> list[np.ndarray]:
@@ -157,10 +158,6 @@ def save_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.O
     return path
 
 # %% ../nbs/04_loop.ipynb #5b957414
-def _misfits(want: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
-    "Names that only one of two state_dicts has, or whose shapes differ."
-    return [k for k in {**want, **found} if k not in want or k not in found or want[k].shape != found[k].shape]
-
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file(): raise SFTError(f"{path}: there is no such checkpoint; give the file that `save_checkpoint` wrote.")
     try: found = torch.load(path, map_location="cpu", weights_only=True)
@@ -179,7 +176,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.O
     path = Path(path)
     found = _read_checkpoint(path)
     def refuse(what, then): raise SFTError(f"{path}: {what}; {then}.")
-    if wrong := _misfits(model.state_dict(), found["model"]):
+    if wrong := misfits(model.state_dict(), found["model"]):
         refuse(f"{len(wrong)} entries do not fit this network, the first is {wrong[0]}", "use the network it was saved from")
     if found["kind"] != (mine := type(optimizer).__name__):
         refuse(f"it holds the state of {found['kind']}, not of {mine}", "use the optimiser it was saved from")

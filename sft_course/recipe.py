@@ -15,8 +15,8 @@ import torch
 import sft_course
 from .core import SFTError, Settings, load_settings, open_dataset, pick_device, progress
 from .data import Catalog, decode_once, decoded_size, look, plain_view, random_view, read_picture, scan
-from .backbones import Backbone, new_head, open_backbone
-from .loop import Score, batches, predict_logits, score, train_epoch
+from .backbones import Backbone, misfits, new_head, open_backbone
+from .loop import Score, batches, copy_state, predict_logits, score, train_epoch
 from .freezing import activations, fit_head, split_at
 from .unfreezing import first_trainable, freeze_below, param_groups, training_mode
 from .schedules import schedule
@@ -133,11 +133,11 @@ def load_artifact(folder: str | Path, device="cpu") -> Result:
         raise SFTError(f"{folder}: not an artifact, its card.json cannot be read ({type(e).__name__}); give a folder that `sft-course fit` wrote.") from None
     try:
         backbone = new_head(open_backbone(card["backbone"], weights=None), len(card["classes"]))
-        want, found = backbone.model.state_dict(), load_file(folder / "model.safetensors")
+        found = load_file(folder / "model.safetensors")
     except SFTError: raise
     except Exception as e: raise SFTError(f"{folder}: the artifact is damaged ({type(e).__name__}: {e}); fit again.") from None
-    wrong = sorted(k for k in want.keys() | found.keys() if k not in want or k not in found or want[k].shape != found[k].shape)
-    if wrong: raise SFTError(f"{folder}: model.safetensors does not fit card.json, first at {wrong[0]}; fit again.")
+    if wrong := misfits(backbone.model.state_dict(), found):
+        raise SFTError(f"{folder}: model.safetensors does not fit card.json, first at {wrong[0]}; fit again.")
     backbone.model.load_state_dict(found)
     backbone.model.to(device)
     with open(folder / "history.csv", newline="") as f: history = list(csv.DictReader(f))
@@ -188,8 +188,7 @@ class _Candidate:
 
 def _candidate(tuner: FineTuner, logits: torch.Tensor) -> _Candidate:
     y = tuner.labels[tuner.val]
-    state = {k: v.detach().clone() for k, v in tuner.backbone.model.state_dict().items()}  # a copy: state_dict() is a reference
-    return _Candidate(score(logits, y), (logits.argmax(1) == y).cpu().numpy(), state)
+    return _Candidate(score(logits, y), (logits.argmax(1) == y).cpu().numpy(), copy_state(tuner.backbone.model))
 
 def clearly_better(right: np.ndarray, than: np.ndarray) -> bool:
     "Whether `right` beats `than`, two bool masks (n,) over the same pictures, by more than one standard error of the difference."

@@ -6,10 +6,11 @@
 __all__ = ['GREEN', 'ORANGE', 'GREY', 'REACH', 'Drawing', 'draw_logits', 'logits_widget']
 
 # %% ../nbs/a2_widgets.ipynb #c5048b12
-import html, math, sys
+import html, math
 from dataclasses import dataclass
 from typing import Sequence
 import torch
+from .blooms import kernel_runs
 from .core import SFTError
 from .losses import cross_entropy, cross_entropy_gradient, softmax
 
@@ -77,10 +78,6 @@ def _sheet(rows: str, classes: int, loss: float, text: str) -> str:
             f'fill="#222"><title>{html.escape(text)}</title><rect width="100%" height="100%" fill="white"/>{heads}{zeros}{rows}{foot}</svg>')
 
 # %% ../nbs/a2_widgets.ipynb #fb4ccf2e
-def _kernel_runs() -> bool:
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return hasattr(shell, "kernel")
-
 def _shown(drawing: Drawing) -> str:
     return f'{drawing.svg}<p role="status" aria-live="polite">{html.escape(drawing.text)}</p>'
 
@@ -90,7 +87,7 @@ def logits_widget(names: Sequence[str] = ("class 1", "class 2", "class 3"), logi
 
     live: whether there is a kernel to answer (None: look); without one the drawing itself is returned.
     """
-    if not (_kernel_runs() if live is None else live): return draw_logits(logits, 0, names)
+    if not (kernel_runs() if live is None else live): return draw_logits(logits, 0, names)
     import ipywidgets as w
     wide = {"description_width": "7em"}
     sliders = [w.FloatSlider(z, min=-REACH, max=REACH, step=.1, description=f"logit, {n}", style=wide, layout={"width": "34em"}) for n, z in zip(names, logits)]
