@@ -6,6 +6,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 READY := .venv/.ready
+BENCH := .venv-bench/bin
+BENCH_READY := .venv-bench/.ready
 NOTEBOOK_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 help: ## what can be made
@@ -28,6 +30,9 @@ test: $(READY) ## exports and README in sync, every notebook, pytest
 	$(BIN)/python -m pytest tests/test_sync.py
 	$(NOTEBOOK_THREADS) SFT_STRICT=1 $(BIN)/nbdev-test --n-workers 2 --timing nbs
 	$(BIN)/python -m pytest tests --ignore tests/test_sync.py
+
+test-faults: $(READY) ## bad files, kills, full disks; FAULTS=long tries ten times as many
+	$(BIN)/python -m pytest tests/faults
 
 wheel-check: $(READY) ## build the wheel, install it elsewhere, run the demo there
 	bash tests/wheel_check.sh $(PYTHON)
@@ -57,7 +62,23 @@ record: $(READY) ## make the recorded runs of a chapter: make record CHAPTER=00
 lint: $(READY) ## ruff on the tests
 	$(BIN)/ruff check tests
 
+$(BENCH_READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.10 or newer with venv was found; name one: make bench PYTHON=/path/to/python3"; exit 1; }
+	@echo "Installing ours and its peers into .venv-bench with $(PYTHON): a few minutes and about 6 GB, most of it PyTorch"
+	$(PYTHON) -m venv .venv-bench
+	$(BENCH)/python -m pip install --quiet --upgrade pip
+	$(BENCH)/python -m pip install --quiet --editable ".[bench]"
+	@touch $(BENCH_READY)
+
+bench: $(BENCH_READY) ## ours against its peers, about two hours on two quiet cores: make bench ARGS="--data my/images"
+	$(BENCH)/python tests/benchmarks/bench.py run $(ARGS)
+	$(BENCH)/python tests/benchmarks/bench.py table --write
+
+bench-quick: $(BENCH_READY) ## does every peer run at all: a few pictures, one epoch
+	$(BENCH)/python tests/benchmarks/bench.py run --quick
+	$(BENCH)/python tests/benchmarks/bench.py table --results out/bench/quick.jsonl
+
 clean: ## take away what was built, but not .venv
 	rm -rf dist build out .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo test wheel-check lab export readme links save record lint clean
+.PHONY: help install demo test test-faults wheel-check lab export readme links save record lint bench bench-quick clean

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SECTION', 'PREFIX', 'PALETTE', 'DECISIVE', 'SFTError', 'Settings', 'settings_file', 'load_settings', 'open_dataset',
-           'pick_device', 'seeded', 'style', 'what_moved', 'code_key', 'recorded']
+           'pick_device', 'seeded', 'whole_file', 'style', 'what_moved', 'code_key', 'recorded']
 
 # %% ../nbs/00_concepts.ipynb #62b3cc0a
 import configparser, difflib, os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -145,6 +145,19 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+# %% ../nbs/00_concepts.ipynb #wf0whole1
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    "A temporary path beside `path`, which becomes `path` when the block ends: nobody ever sees half a file. If the block fails, nothing is left."
+    path = Path(path)
+    temp = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temp
+        with open(temp, "r+b") as f: os.fsync(f.fileno())  # on the disk, not on its way there
+        temp.replace(path)
+    finally:
+        with suppress(OSError): temp.unlink(missing_ok=True)
 
 # %% ../nbs/00_concepts.ipynb #72038e77
 # Okabe and Ito's colours: readers who cannot tell red from green can tell these apart.

@@ -60,7 +60,7 @@ def test_only_text_files_named_jpg(cli, tmp_path):
 def test_a_split_with_an_unknown_class(cli, tmp_path):
     draw(tmp_path / "d" / "train")
     draw(tmp_path / "d" / "val", classes=("stripes", "spots"))
-    assert "class 'spots' has no pictures to train on" in sentence(cli("fit", "d", cwd=tmp_path))
+    assert "is of class 'spots', which has no pictures to train on" in sentence(cli("fit", "d", "--strict", cwd=tmp_path))
 
 
 def test_a_backbone_that_nobody_knows(cli, tmp_path, stripes):

@@ -8,7 +8,7 @@ from conftest import draw
 
 from sft_course import FineTuner, Phase, fine_tune, load_artifact, load_settings
 from sft_course.core import SFTError, what_moved
-from sft_course.recipe import clearly_better, scratch_phase
+from sft_course.recipe import claimed, clearly_better, scratch_phase
 
 SMALL = {"size": 64}
 
@@ -73,7 +73,8 @@ def test_an_artifact_comes_back_as_it_was(stripes, tmp_path):
     path = stripes / "waves" / "00.jpg"
     assert again.predict(path).probabilities == result.predict(path).probabilities
     assert again.predict([path, path])[1].label == "waves" and again.classes == ["stripes", "waves"]
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["card.json", "history.csv", "model.safetensors"]
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {".lock", "card.json", "history.csv", "model.safetensors", "report.html"}
+    assert again.report == result.report and "stripes" in again.report
 
 
 def test_a_damaged_artifact_is_refused_in_a_sentence(stripes, tmp_path):
@@ -139,7 +140,118 @@ def test_what_trains_must_be_known(tuner, train):
         tuner.step(Phase(train))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tuner):
-    tuner.step(Phase("head"))
-    with pytest.raises(SFTError, match="the loss became"):
+def test_a_loss_that_is_not_finite_ends_the_phase_and_what_was_good_is_kept(tuner):
+    before = state(tuner.step(Phase("head")))
+    with pytest.warns(UserWarning, match=r"phase 2 \(train = 'all'\) ended early: the (held-back loss became nan after epoch 1|loss became \w+ at step \d+)"):
         tuner.step(Phase("all", epochs=3, lr=1e18, warmup=0))
+    assert what_moved(before, state(tuner)) == [] and len(tuner.history) == 1
+
+
+def test_a_loss_that_is_not_finite_from_the_start_is_an_error_where_nothing_else_is_there(stripes):
+    tuner = FineTuner("lite0", stripes, weights=None, **SMALL)
+    with pytest.raises(SFTError, match="use a smaller learning rate"):
+        tuner.run(Phase("all", epochs=1, lr=1e30, warmup=0))
+
+
+# ---- stopped, and gone on
+
+LONG = (Phase("head", looks_at="last"), Phase(3, epochs=2, views=2), Phase("all", epochs=2, views=0, batch_stats=True))
+
+
+class Killed(Exception):
+    pass
+
+
+def start(folder, out, stop_at=None, resume=False, **more):
+    "A run that dies when the history has `stop_at` rows."
+    def watch(history):
+        if len(history) == stop_at:
+            raise Killed
+    tuner = FineTuner("lite0", folder, out=out, weights=None, watch=watch, **(SMALL | more))
+    return tuner.run(*LONG, resume=resume)
+
+
+def weights(out):
+    return (out / "model.safetensors").read_bytes(), (out / "history.csv").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def hard(tmp_path_factory):
+    "Pictures whose labels mean nothing: no head is ever perfect, so every phase runs."
+    folder = draw(tmp_path_factory.mktemp("hard") / "data", n=24)
+    for i, p in enumerate(sorted((folder / "stripes").iterdir())[::2]):
+        q = folder / "waves" / f"{2 * i:02}.jpg"
+        p.rename(folder / "held"), q.rename(p), (folder / "held").rename(q)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def never_stopped(hard, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert len(start(hard, out).history) == 5
+    return weights(out)
+
+
+@pytest.mark.parametrize("rows", range(1, 6))
+def test_a_run_killed_after_any_epoch_of_any_phase_goes_on_to_the_same_bytes(hard, never_stopped, tmp_path, rows):
+    with pytest.raises(Killed):
+        start(hard, tmp_path, rows)
+    assert not (tmp_path / "card.json").exists()
+    start(hard, tmp_path, resume=True)
+    assert weights(tmp_path) == never_stopped
+
+
+def test_a_run_killed_again_and_again_gets_there_too(hard, never_stopped, tmp_path):
+    for rows in (2, 3, 4, 5):
+        with pytest.raises(Killed):
+            start(hard, tmp_path, rows, resume=True)
+    start(hard, tmp_path, resume=True)
+    assert weights(tmp_path) == never_stopped
+
+
+def test_a_run_with_another_plan_is_not_gone_on_with(hard, tmp_path):
+    with pytest.raises(Killed):
+        start(hard, tmp_path, 2)
+    with pytest.raises(SFTError, match="that run had other seed"):
+        start(hard, tmp_path, resume=True, seed=7)
+    with pytest.raises(SFTError, match="give `out`"):
+        start(hard, None, resume=True)
+
+
+@pytest.mark.parametrize("step", [2, 4, 5])
+def test_a_stop_signal_lets_the_step_end_and_the_run_goes_on_from_there(hard, tmp_path, monkeypatch, step):
+    "With a batch of 8 an epoch has four steps: in the middle of it, at its end, in the next."
+    import signal
+
+    import sft_course.loop as loop
+    steps, usual = [], loop.add_gradients
+
+    def counted(*args, **how):
+        steps.append(1)
+        if len(steps) == step:
+            signal.raise_signal(signal.SIGTERM)
+        return usual(*args, **how)
+    monkeypatch.setattr(loop, "add_gradients", counted)
+    def run(out, **how):
+        FineTuner("lite0", hard, out=out, weights=None, **SMALL).run(Phase(3, epochs=2, batch_size=8, views=2), **how)
+    with pytest.raises(loop.Stopped) as stopped:
+        run(tmp_path / "a")
+    assert stopped.value.signal == signal.SIGTERM and stopped.value.checkpoint == tmp_path / "a" / "last.ckpt"
+    run(tmp_path / "a", resume=True)
+    monkeypatch.setattr(loop, "add_gradients", usual)
+    run(tmp_path / "b")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_two_runs_do_not_share_a_folder(hard, tmp_path):
+    with claimed(tmp_path), pytest.raises(SFTError, match="another run is writing there"):
+        start(hard, tmp_path)
+
+
+def test_a_head_on_every_stage_is_saved_and_opened(hard, tmp_path):
+    tuner = FineTuner("lite0", hard, out=tmp_path, **SMALL)
+    result = tuner.run(Phase("head", looks_at="every"))
+    again = load_artifact(tmp_path)
+    path = sorted((hard / "waves").iterdir())[0]
+    assert result.card["head"] == "every" and again.predict(path).probabilities == result.predict(path).probabilities
+    assert result.test.accuracy == result.accuracy == pytest.approx(tuner.measure().accuracy, abs=.1)
