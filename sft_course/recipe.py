@@ -7,7 +7,7 @@ __all__ = ['Phase', 'default_phases', 'Prediction', 'Result', 'eval_logits', 'Fi
            'Head', 'clearly_better', 'run_phases', 'measure', 'save_artifact', 'predict', 'load_artifact', 'read_card',
            'fine_tune', 'scratch_phase', 'demo']
 
-# %% ../nbs/09_recipe.ipynb #49ba11b4
+# %% ../nbs/09_recipe.ipynb #5fbbccab
 import csv, hashlib, io, json, math, platform, re, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +25,7 @@ from .unfreezing import first_trainable, freeze_below, param_groups, training_mo
 from .schedules import SCHEDULES, schedule
 from .evaluation import Evaluation, report_html
 
-# %% ../nbs/09_recipe.ipynb #ed345c8d
+# %% ../nbs/09_recipe.ipynb #ec614e02
 @dataclass(frozen=True)
 class Phase:
     """One step of a recipe.
@@ -55,12 +55,12 @@ class Phase:
                          ("looks_at", self.looks_at in ("last", "every", "either")), ("schedule", self.schedule in SCHEDULES)):
             if not ok: raise SFTError(f"Phase: {name} = {getattr(self, name)} is out of range.")
 
-# %% ../nbs/09_recipe.ipynb #915383ca
+# %% ../nbs/09_recipe.ipynb #ee2c3e1f
 def default_phases(settings: Settings) -> tuple[Phase, ...]:
     "The best head on frozen features, then the upper six stages from there in small batches; more passes in the full profile."
     return Phase("head"), Phase(6, epochs=settings.pick(quick=6, full=12), batch_size=8)
 
-# %% ../nbs/09_recipe.ipynb #aae8bd95
+# %% ../nbs/09_recipe.ipynb #8c1e9f9e
 @dataclass(frozen=True)
 class Prediction:
     "The most probable class of one picture, its probability, and all probabilities by class."
@@ -69,7 +69,7 @@ class Prediction:
     probability: float
     probabilities: dict[str, float]
 
-# %% ../nbs/09_recipe.ipynb #c9be05d8
+# %% ../nbs/09_recipe.ipynb #86c27e15
 @dataclass(frozen=True)
 class Result:
     """A fine-tuned network. `accuracy` is measured once, on pictures that nothing was chosen by; `head_accuracy` is
@@ -98,7 +98,7 @@ class Result:
         m = self.card["metrics"]
         return f"Result({m['accuracy']:.3f} accuracy on {m['n_val']} pictures, {len(self.classes)} classes, {self.backbone.name})"
 
-# %% ../nbs/09_recipe.ipynb #a49f2f08
+# %% ../nbs/09_recipe.ipynb #b77f721b
 def eval_logits(backbone: Backbone, pixels: np.ndarray, size: int, device="cpu", batch: int | None = None) -> torch.Tensor:
     "Logits (n, classes) of decoded pictures uint8 (n, s, s, 3): the mean over the plain view and its mirror image."
     batch = batch or (8 if torch.device(device).type == "cpu" else 64)  # on a processor small batches are faster
@@ -106,7 +106,7 @@ def eval_logits(backbone: Backbone, pixels: np.ndarray, size: int, device="cpu",
     def seen(v): return lambda rows: look(pixels[rows], v[rows], size, backbone.mean, backbone.std, device)
     return sum(predict_logits(backbone.model, seen(v), len(pixels), batch) for v in views) / 2
 
-# %% ../nbs/09_recipe.ipynb #8dbf2f8f
+# %% ../nbs/09_recipe.ipynb #2804d2a6
 class FineTuner:
     """Runs phases on a backbone and a folder (or `Catalog`); keeps the best weights, seen on held-back pictures. With `out`, a
     folder that one run at a time may use, it writes `last.ckpt` there after every epoch. `watch(history)` is called then, if set."""
@@ -139,7 +139,7 @@ class FineTuner:
         self.notes.append(text)
         warnings.warn(text, stacklevel=3)
 
-# %% ../nbs/09_recipe.ipynb #eee68955
+# %% ../nbs/09_recipe.ipynb #4f2a011c
 @contextmanager
 def claimed(out: Path | None) -> Iterator[None]:
     "Nobody else may run in folder `out` meanwhile. A killed run's claim ends with it. Raises `SFTError` where another run has it."
@@ -152,7 +152,7 @@ def claimed(out: Path | None) -> Iterator[None]:
     except OSError as e: raise SFTError(f"{out}: cannot be written ({e.strerror}); give another folder.") from None
     with lock: yield
 
-# %% ../nbs/09_recipe.ipynb #5c4dc619
+# %% ../nbs/09_recipe.ipynb #75a7f28e
 def run_phase(tuner: FineTuner, phase: Phase) -> FineTuner:
     """Run one phase from the weights at hand; the model then holds the best of its epochs. Raises `Diverged` where the loss is not
     finite and there is nothing to fall back on."""
@@ -171,17 +171,16 @@ def _so_far(tuner: FineTuner, plan: dict) -> dict:
     return {"plan": plan, "done": len(tuner.done), "history": list(tuner.history), "notes": list(tuner.notes), "start": tuner.start,
             "head": tuner.head and vars(tuner.head), "tuned": tuner.tuned and vars(tuner.tuned)}
 
-# %% ../nbs/09_recipe.ipynb #c90db7df
+# %% ../nbs/09_recipe.ipynb #3b116d64
 FineTuner.step = run_phase
 
-# %% ../nbs/09_recipe.ipynb #d18e7b16
+# %% ../nbs/09_recipe.ipynb #54951839
 @dataclass(frozen=True)
 class Candidate:
     "Weights that may be chosen: their logits (n, classes) on the held-back pictures, and either a state of the network or a head."
     logits: torch.Tensor
     labels: torch.Tensor
     state: dict[str, torch.Tensor]
-    along: float = 1.
 
     @property
     def score(self) -> Score: return score(self.logits, self.labels)
@@ -189,7 +188,7 @@ class Candidate:
     @property
     def right(self) -> np.ndarray: return (self.logits.argmax(1) == self.labels).cpu().numpy()
 
-# %% ../nbs/09_recipe.ipynb #a6aee59a
+# %% ../nbs/09_recipe.ipynb #793810ae
 @dataclass(frozen=True)
 class Head(Candidate):
     """A linear head as a candidate: `state` is the network with the head on the last stage, from which tuning starts; `weight`
@@ -199,7 +198,7 @@ class Head(Candidate):
     bias: torch.Tensor | None = None
     test: torch.Tensor | None = None
 
-# %% ../nbs/09_recipe.ipynb #1d5c4af0
+# %% ../nbs/09_recipe.ipynb #ac0c68ce
 def _fit_head(tuner: FineTuner, phase: Phase) -> None:
     "Choose a head by cross-validation on the training pictures, fit it without and with the held-back ones, and put it on the network."
     lower, y, k = stage_features(tuner.backbone), tuner.labels, len(tuner.catalog.classes)
@@ -209,7 +208,7 @@ def _fit_head(tuner: FineTuner, phase: Phase) -> None:
     every = {"last": False, "every": True}.get(phase.looks_at, choice.every_stage)
     def fit(rows, every):
         x = np.concatenate([f[rows] if every else f[rows, :lower.last] for f in kept])
-        return fit_head(x, torch.cat([y[rows]] * 2), k, _decay(choice, every), max_iter=phase.epochs or 200, standardise=True)
+        return fit_head(x, torch.cat([y[rows]] * 2), k, _decay(choice, every), max_iter=phase.epochs or 200)
     def logits(head, rows):
         W, b = head
         return sum(torch.from_numpy(f[rows, :W.shape[1]].astype(np.float32)).to(W) @ W.T + b for f in kept) / 2
@@ -218,11 +217,11 @@ def _fit_head(tuner: FineTuner, phase: Phase) -> None:
     _set_head(tuner.backbone, last)
     W, b = fit(np.concatenate([tuner.train, tuner.val]), every)
     tuner.start = copy_state(tuner.backbone.model)
-    tuner.head = Head(logits(head, tuner.val), y[tuner.val], tuner.start, 0., every, W, b, logits((W, b), tuner.test))
+    tuner.head = Head(logits(head, tuner.val), y[tuner.val], tuner.start, every, W, b, logits((W, b), tuner.test))
     now, before = tuner.head.score, score(logits(head, tuner.train), y[tuner.train])
     _log(tuner, phase, len(tuner.history), [{"epoch": 1, "train_loss": before.loss, "val_loss": now.loss, "val_accuracy": now.accuracy}], lambda e: None)
 
-# %% ../nbs/09_recipe.ipynb #265fbcec
+# %% ../nbs/09_recipe.ipynb #d39fa8f3
 def _decay(choice: HeadChoice, every: bool) -> float:
     "The weight decay with which a head on the last stage, or on every stage, did best."
     return min((s for s in choice.scores if s["every_stage"] == every), key=lambda s: s["loss"])["weight_decay"]
@@ -237,7 +236,7 @@ def _log(tuner: FineTuner, phase: Phase, at: int, rows: list[dict], lr: Callable
     tuner.history[at:] = [{"phase": len(tuner.done), "train": phase.train, "epoch": r["epoch"], "lr": lr(r["epoch"])} | r for r in rows]
     if tuner.watch: tuner.watch(tuner.history)
 
-# %% ../nbs/09_recipe.ipynb #f6b76078
+# %% ../nbs/09_recipe.ipynb #3d6e1bd9
 def _source(tuner: FineTuner, phase: Phase, lower, rows: np.ndarray, fixed: tuple[int, ...] = ()):
     """`inputs(epoch)(positions)` makes the batch that the trainable part sees.
 
@@ -256,7 +255,7 @@ def _source(tuner: FineTuner, phase: Phase, lower, rows: np.ndarray, fixed: tupl
         return batch
     return fresh
 
-# %% ../nbs/09_recipe.ipynb #8eeb56ee
+# %% ../nbs/09_recipe.ipynb #09ec6552
 def _drawn(tuner: FineTuner, phase: Phase, epoch: int, n: int, fixed: tuple[int, ...]) -> np.ndarray:
     "Which of the kept views each of n pictures shows in this epoch."
     return np.full(n, epoch) if fixed else np.random.default_rng((tuner.seed, epoch)).integers(0, phase.views, n)
@@ -275,7 +274,7 @@ def _fits(tuner: FineTuner, lower, pictures: int) -> bool:
                    "they are computed anew in every epoch")
     return gigabytes <= tuner.settings.cache_gigabytes
 
-# %% ../nbs/09_recipe.ipynb #a3972dec
+# %% ../nbs/09_recipe.ipynb #856a80c7
 def _train(tuner: FineTuner, phase: Phase, resume: bool, run: dict) -> None:
     "Train the upper stages with AdamW, by `fit` of chapter 04; the epoch that the held-back pictures like best is kept."
     b, stage, was = tuner.backbone, first_trainable(tuner.backbone, phase.train), copy_state(tuner.backbone.model)
@@ -301,39 +300,27 @@ def _train(tuner: FineTuner, phase: Phase, resume: bool, run: dict) -> None:
         tuner.note(f"phase {len(tuner.done)} (train = {phase.train!r}) ended early: {e} The best weights before that are kept.")
     tuner.tuned = Candidate(logits(), y, copy_state(b.model))
 
-# %% ../nbs/09_recipe.ipynb #bc3d84af
+# %% ../nbs/09_recipe.ipynb #bdb333d6
 def _micro(tuner: FineTuner, phase: Phase) -> int | None:
     "Pictures at a time: on a processor large activations leave its caches, and the sum of the gradients is the same."
     return 16 if tuner.device.type == "cpu" and tuner.size >= 128 and not phase.batch_stats else None
 
-# %% ../nbs/09_recipe.ipynb #ad8a78fc
+# %% ../nbs/09_recipe.ipynb #c26092e2
 def clearly_better(right: np.ndarray, than: np.ndarray) -> bool:
-    """Whether `right` beats `than`, two bool masks (n,) over the same pictures, by what luck would do less than once in six times:
-    the one-sided sign test over the pictures on which they differ. For many pictures that is one standard error of the difference."""
+    """Whether `right` beats `than`, two bool masks (n,) over the same pictures, by what luck would do less than once in five times:
+    the one-sided sign test over the pictures on which they differ. For many pictures that is 0.84 standard errors of the difference."""
     won, lost = int((right & ~than).sum()), int((than & ~right).sum())
-    return sum(math.comb(won + lost, k) for k in range(won, won + lost + 1)) < 2 ** (won + lost) / 6
+    return sum(math.comb(won + lost, k) for k in range(won, won + lost + 1)) < 2 ** (won + lost) / 5
 
-# %% ../nbs/09_recipe.ipynb #2ae6d2f9
-def _line(tuner: FineTuner) -> list[Candidate]:
-    "Between the weights that tuning started from and the best tuned ones, where there are both: a quarter, half and three quarters of the way."
-    if not tuner.start or not tuner.tuned: return [c for c in (tuner.tuned,) if c]
-    model, end, made = tuner.backbone.model, tuner.tuned.state, [tuner.tuned]
-    for along in (.25, .5, .75):
-        state = {k: torch.lerp(v, end[k], along) if v.is_floating_point() else end[k] for k, v in tuner.start.items()}
-        model.load_state_dict(state)
-        logits = eval_logits(tuner.backbone, tuner.pixels.pixels[tuner.val], tuner.size, tuner.device)
-        made.append(Candidate(logits, tuner.labels[tuner.val], state, along))
-    return made
-
-# %% ../nbs/09_recipe.ipynb #63bbc600
+# %% ../nbs/09_recipe.ipynb #a252dd3c
 def _choose(tuner: FineTuner) -> Candidate:
     "The candidate that the held-back pictures prefer; its weights are then in the network."
-    best = max(_line(tuner), key=lambda c: (c.score.accuracy, -c.score.loss), default=None)
-    if tuner.head and not (best and clearly_better(best.right, tuner.head.right)):
-        _use_head(tuner, tuner.head)
-        return tuner.head
-    tuner.backbone.model.load_state_dict(best.state)
-    return best
+    tuned, head = tuner.tuned, tuner.head
+    if head and not (tuned and clearly_better(tuned.right, head.right)):
+        _use_head(tuner, head)
+        return head
+    tuner.backbone.model.load_state_dict(tuned.state)
+    return tuned
 
 def _use_head(tuner: FineTuner, head: Head) -> None:
     tuner.backbone.model.load_state_dict(tuner.start)
@@ -342,7 +329,7 @@ def _use_head(tuner: FineTuner, head: Head) -> None:
     with torch.no_grad(): wide.linear.weight.copy_(head.weight); wide.linear.bias.copy_(head.bias)
     tuner.backbone = replace(tuner.backbone, model=wide)
 
-# %% ../nbs/09_recipe.ipynb #dd3b2d5e
+# %% ../nbs/09_recipe.ipynb #2e9ad7fb
 def run_phases(tuner: FineTuner, *phases: Phase, resume: bool = False) -> Result:
     """Run the phases in order, choose on the held-back pictures, measure on the test pictures, and save where `out` was given.
     resume: go on where the run that wrote `last.ckpt` in `out` was stopped; what comes out is the same to the last bit."""
@@ -355,7 +342,7 @@ def run_phases(tuner: FineTuner, *phases: Phase, resume: bool = False) -> Result
             _run_phase(tuner, phase, resume and i == done, plan)
         return _finish(tuner)
 
-# %% ../nbs/09_recipe.ipynb #7ab08321
+# %% ../nbs/09_recipe.ipynb #8583f6ce
 def _plan(tuner: FineTuner, phases: tuple[Phase, ...]) -> dict:
     "What must be the same for a run to go on."
     labels = hashlib.sha256(tuner.catalog.labels.tobytes() + b"".join(r.tobytes() for r in (tuner.train, tuner.val, tuner.test))).hexdigest()
@@ -377,7 +364,7 @@ def _can_gain(tuner: FineTuner) -> bool:
     "Whether any weights could be clearly better than the head on the held-back pictures. A head without errors cannot be beaten."
     return tuner.head is None or clearly_better(np.ones_like(tuner.head.right), tuner.head.right)
 
-# %% ../nbs/09_recipe.ipynb #d77f3b80
+# %% ../nbs/09_recipe.ipynb #aae6b3d7
 def _versions() -> dict[str, str]:
     import timm, torchvision
     return {"sft_course": sft_course.__version__, "python": platform.python_version(), "torch": torch.__version__,
@@ -390,11 +377,11 @@ def _card(tuner: FineTuner, chosen: Candidate, test: Score) -> dict:
             "preprocessing": {"size": tuner.size, "crop": b.crop, "mean": list(b.mean), "std": list(b.std)},
             "metrics": {"accuracy": test.accuracy, "loss": test.loss, "head_accuracy": head and score(head.test, tuner.labels[tuner.test]).accuracy,
                         "n_train": len(tuner.train) + len(tuner.val), "n_held_back": len(tuner.val), "n_val": len(tuner.test)},
-            "chosen": "head" if kept else "tuned", "along": chosen.along, "phases": [asdict(p) for p in tuner.done], "seed": tuner.seed,
+            "chosen": "head" if kept else "tuned", "phases": [asdict(p) for p in tuner.done], "seed": tuner.seed,
             "problems": [asdict(p) for p in c.problems], "notes": tuner.notes, "data": tuner.pixels.key, "versions": _versions(),
             "seconds": round(time.perf_counter() - tuner.started, 1)}
 
-# %% ../nbs/09_recipe.ipynb #6347874e
+# %% ../nbs/09_recipe.ipynb #9567a852
 def measure(tuner: FineTuner) -> Score:
     "Score of the weights at hand on the test pictures. Every look at them spends them: look once."
     return score(_test_logits(tuner), tuner.labels[tuner.test])
@@ -402,10 +389,10 @@ def measure(tuner: FineTuner) -> Score:
 def _test_logits(tuner: FineTuner) -> torch.Tensor:
     return eval_logits(tuner.backbone, tuner.pixels.pixels[tuner.test], tuner.size, tuner.device)
 
-# %% ../nbs/09_recipe.ipynb #31ba1836
+# %% ../nbs/09_recipe.ipynb #ba178698
 FineTuner.measure, FineTuner.run = measure, run_phases
 
-# %% ../nbs/09_recipe.ipynb #e33459ae
+# %% ../nbs/09_recipe.ipynb #4064b7f3
 def save_artifact(result: Result, out: str | Path) -> Path:
     "Write weights, history, report and card into folder `out`, each whole or not at all. The card is last: without it nothing loads."
     from safetensors.torch import save
@@ -425,7 +412,7 @@ def _table(rows: list[dict]) -> str:
     keys = list(dict.fromkeys(k for r in rows for k in r))
     return "\n".join([",".join(keys), *(",".join(str(r.get(k, "")) for k in keys) for r in rows)]) + "\n"
 
-# %% ../nbs/09_recipe.ipynb #94683a67
+# %% ../nbs/09_recipe.ipynb #7b2f62bb
 def predict(result: Result, paths: list[str | Path]) -> list[Prediction]:
     "A `Prediction` for each picture file. Raises `SFTError` naming the first that cannot be read."
     size, device = result.card["preprocessing"]["size"], next(result.backbone.model.parameters()).device
@@ -438,11 +425,11 @@ def _read(path: str | Path, size: int) -> np.ndarray:
     try: return read_picture(path, size)
     except Exception as e: raise SFTError(f"{path}: cannot be read as a picture ({type(e).__name__}); give a JPEG, PNG or other picture file.") from None
 
-# %% ../nbs/09_recipe.ipynb #ee8690ba
+# %% ../nbs/09_recipe.ipynb #9ed3b4b6
 Result.predict = lambda self, paths: predict(self, paths) if isinstance(paths, (list, tuple)) else predict(self, [paths])[0]
 Result.save = save_artifact
 
-# %% ../nbs/09_recipe.ipynb #192ee04c
+# %% ../nbs/09_recipe.ipynb #9df12879
 def load_artifact(folder: str | Path, device="cpu") -> Result:
     """The `Result` that was saved in `folder`. Nothing in the folder is executed. Raises `SFTError` where it is not an artifact, or
     its weights are not those its card speaks of."""
@@ -462,7 +449,7 @@ def _text(path: Path) -> str: return path.read_text(errors="replace") if path.is
 
 def _history(path: Path) -> list[dict]: return list(csv.DictReader(io.StringIO(_text(path))))
 
-# %% ../nbs/09_recipe.ipynb #e1ba6951
+# %% ../nbs/09_recipe.ipynb #0162bbb6
 def read_card(folder: str | Path) -> dict:
     "What `card.json` in an artifact's folder says. Raises `SFTError` where it is missing, damaged, or says what cannot be."
     folder = Path(folder)
@@ -474,7 +461,7 @@ def read_card(folder: str | Path) -> dict:
         if not ok(card.get(key)): refuse(f"its card.json has no valid {key!r}")
     return card
 
-# %% ../nbs/09_recipe.ipynb #be99b5c9
+# %% ../nbs/09_recipe.ipynb #e45ea93e
 def _numbers(v, n: int, low: float) -> bool:
     return isinstance(v, list) and len(v) == n and all(isinstance(x, (int, float)) and math.isfinite(x) and x >= low for x in v)
 
@@ -486,7 +473,7 @@ _CARD = {"classes": lambda v: isinstance(v, list) and len(v) > 1 and len(set(map
          "backbone": lambda v: isinstance(v, str) and bool(re.fullmatch(r"[\w.]+", v)), "preprocessing": _preprocessing,
          "head": lambda v: v in ("last", "every"), "metrics": lambda v: isinstance(v, dict), "sha256": lambda v: isinstance(v, str)}
 
-# %% ../nbs/09_recipe.ipynb #48ad7ad3
+# %% ../nbs/09_recipe.ipynb #1bcf5405
 def _network(folder: Path, card: dict) -> Backbone:
     "The network that the card describes, with random weights."
     k = len(card["classes"])
@@ -503,7 +490,7 @@ def _weights(folder: Path, card: dict) -> dict[str, torch.Tensor]:
     try: return load(data)
     except Exception as e: raise SFTError(f"{folder}: model.safetensors cannot be read ({type(e).__name__}); fit again.") from None
 
-# %% ../nbs/09_recipe.ipynb #48ad4146
+# %% ../nbs/09_recipe.ipynb #e152e1a5
 def _restore(tuner: FineTuner, plan: dict) -> int:
     "Put the tuner where the run in `last.ckpt` was when its last phase began; how many phases were done. 0 where there is no such file."
     path = tuner.out and tuner.out / "last.ckpt"
@@ -520,7 +507,7 @@ def _restore(tuner: FineTuner, plan: dict) -> int:
 
 def _to(v, device): return v.to(device) if isinstance(v, torch.Tensor) else v
 
-# %% ../nbs/09_recipe.ipynb #e6b548ee
+# %% ../nbs/09_recipe.ipynb #5e56151d
 def fine_tune(data: str | Path | Catalog, backbone: str | None = None, out: str | Path | None = None, *, size: int | None = None,
               seed: int | None = None, phases: tuple[Phase, ...] | None = None, settings: Settings | None = None, resume: bool = False,
               watch: Callable | None = None) -> Result:
@@ -533,7 +520,7 @@ def fine_tune(data: str | Path | Catalog, backbone: str | None = None, out: str 
     tuner = FineTuner(backbone or settings.backbone, data, out, size=size, seed=seed, settings=settings, watch=watch)
     return tuner.run(*(phases or default_phases(settings)), resume=resume)
 
-# %% ../nbs/09_recipe.ipynb #51a61639
+# %% ../nbs/09_recipe.ipynb #35203571
 def scratch_phase(settings: Settings) -> Phase:
     "All layers from random weights: a larger rate, batch norms that learn their statistics, new views in every epoch."
     return Phase("all", epochs=settings.pick(quick=8, full=60), lr=1e-3, views=0, batch_stats=True)
