@@ -49,7 +49,9 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
         return load_file(path)
     found = torch.load(path, map_location="cpu", weights_only=True)
-    return found.get("state_dict", found)
+    if isinstance(found, dict): found = found.get("state_dict", found)
+    if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()): raise ValueError("it holds something else")
+    return found
 
 # %% ../nbs/02_backbones.ipynb #3bf794e7
 @dataclass(frozen=True)

@@ -458,9 +458,10 @@ def _decode_one(root: Path, f: str, size: int, before: tuple | None) -> tuple[np
 # %% ../nbs/01_data.ipynb #2bf739c5
 def _decode(c: Catalog, size: int, folder: Path, states: list) -> tuple[tuple[Problem, ...], np.ndarray]:
     "Write pixels.npy and left_out.json into a new folder beside `folder`, then rename: never half a cache."
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+    temp = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
         bad, passing = _decode_all(c, size, states, temp / "raw")
         _finish(temp, len(c) - len(bad), size, bad, passing)
         shutil.rmtree(folder, ignore_errors=True)
@@ -468,7 +469,9 @@ def _decode(c: Catalog, size: int, folder: Path, states: list) -> tuple[tuple[Pr
         except OSError:
             if not folder.exists(): raise  # another process may have finished the same cache first
         return _cached(folder, len(c), size, passing=True)
-    finally: shutil.rmtree(temp, ignore_errors=True)
+    except OSError as e:
+        raise SFTError(f"{folder.parent}: decoded pictures cannot be kept there ({e.strerror or e}); make room, or set another `cache` in settings.ini.") from None
+    finally: temp and shutil.rmtree(temp, ignore_errors=True)
 
 def _decode_all(c: Catalog, size: int, states: list, raw: Path) -> tuple[list[Problem], bool]:
     bad, passing = [], False

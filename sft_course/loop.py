@@ -187,7 +187,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try: found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         raise SFTError(f"{path}: not a checkpoint, or a damaged one ({type(e).__name__}); start again without it.") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not {"model", "kind", "optimizer", "average", "more"} <= found.keys():
         raise SFTError(f"{path}: not a checkpoint of this course; give the file that `save_checkpoint` wrote.")
     return found
 

@@ -7,7 +7,7 @@ __all__ = ['Phase', 'default_phases', 'Prediction', 'Result', 'eval_logits', 'Fi
            'Head', 'clearly_better', 'run_phases', 'measure', 'save_artifact', 'predict', 'load_artifact', 'read_card',
            'fine_tune', 'scratch_phase', 'demo']
 
-# %% ../nbs/09_recipe.ipynb #5fbbccab
+# %% ../nbs/09_recipe.ipynb #07189388
 import csv, hashlib, io, json, math, platform, re, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +25,7 @@ from .unfreezing import first_trainable, freeze_below, param_groups, training_mo
 from .schedules import SCHEDULES, schedule
 from .evaluation import Evaluation, report_html
 
-# %% ../nbs/09_recipe.ipynb #ec614e02
+# %% ../nbs/09_recipe.ipynb #9142ade2
 @dataclass(frozen=True)
 class Phase:
     """One step of a recipe.
@@ -55,12 +55,12 @@ class Phase:
                          ("looks_at", self.looks_at in ("last", "every", "either")), ("schedule", self.schedule in SCHEDULES)):
             if not ok: raise SFTError(f"Phase: {name} = {getattr(self, name)} is out of range.")
 
-# %% ../nbs/09_recipe.ipynb #ee2c3e1f
+# %% ../nbs/09_recipe.ipynb #381027ff
 def default_phases(settings: Settings) -> tuple[Phase, ...]:
     "The best head on frozen features, then the upper six stages from there in small batches; more passes in the full profile."
     return Phase("head"), Phase(6, epochs=settings.pick(quick=6, full=12), batch_size=8)
 
-# %% ../nbs/09_recipe.ipynb #8c1e9f9e
+# %% ../nbs/09_recipe.ipynb #6b32f003
 @dataclass(frozen=True)
 class Prediction:
     "The most probable class of one picture, its probability, and all probabilities by class."
@@ -69,7 +69,7 @@ class Prediction:
     probability: float
     probabilities: dict[str, float]
 
-# %% ../nbs/09_recipe.ipynb #86c27e15
+# %% ../nbs/09_recipe.ipynb #43ce708a
 @dataclass(frozen=True)
 class Result:
     """A fine-tuned network. `accuracy` is measured once, on pictures that nothing was chosen by; `head_accuracy` is
@@ -98,7 +98,7 @@ class Result:
         m = self.card["metrics"]
         return f"Result({m['accuracy']:.3f} accuracy on {m['n_val']} pictures, {len(self.classes)} classes, {self.backbone.name})"
 
-# %% ../nbs/09_recipe.ipynb #b77f721b
+# %% ../nbs/09_recipe.ipynb #f25996f2
 def eval_logits(backbone: Backbone, pixels: np.ndarray, size: int, device="cpu", batch: int | None = None) -> torch.Tensor:
     "Logits (n, classes) of decoded pictures uint8 (n, s, s, 3): the mean over the plain view and its mirror image."
     batch = batch or (8 if torch.device(device).type == "cpu" else 64)  # on a processor small batches are faster
@@ -106,7 +106,7 @@ def eval_logits(backbone: Backbone, pixels: np.ndarray, size: int, device="cpu",
     def seen(v): return lambda rows: look(pixels[rows], v[rows], size, backbone.mean, backbone.std, device)
     return sum(predict_logits(backbone.model, seen(v), len(pixels), batch) for v in views) / 2
 
-# %% ../nbs/09_recipe.ipynb #2804d2a6
+# %% ../nbs/09_recipe.ipynb #5da581e2
 class FineTuner:
     """Runs phases on a backbone and a folder (or `Catalog`); keeps the best weights, seen on held-back pictures. With `out`, a
     folder that one run at a time may use, it writes `last.ckpt` there after every epoch. `watch(history)` is called then, if set."""
@@ -139,7 +139,7 @@ class FineTuner:
         self.notes.append(text)
         warnings.warn(text, stacklevel=3)
 
-# %% ../nbs/09_recipe.ipynb #4f2a011c
+# %% ../nbs/09_recipe.ipynb #81000aba
 @contextmanager
 def claimed(out: Path | None) -> Iterator[None]:
     "Nobody else may run in folder `out` meanwhile. A killed run's claim ends with it. Raises `SFTError` where another run has it."
@@ -152,7 +152,7 @@ def claimed(out: Path | None) -> Iterator[None]:
     except OSError as e: raise SFTError(f"{out}: cannot be written ({e.strerror}); give another folder.") from None
     with lock: yield
 
-# %% ../nbs/09_recipe.ipynb #75a7f28e
+# %% ../nbs/09_recipe.ipynb #50516aeb
 def run_phase(tuner: FineTuner, phase: Phase) -> FineTuner:
     """Run one phase from the weights at hand; the model then holds the best of its epochs. Raises `Diverged` where the loss is not
     finite and there is nothing to fall back on."""
@@ -171,10 +171,10 @@ def _so_far(tuner: FineTuner, plan: dict) -> dict:
     return {"plan": plan, "done": len(tuner.done), "history": list(tuner.history), "notes": list(tuner.notes), "start": tuner.start,
             "head": tuner.head and vars(tuner.head), "tuned": tuner.tuned and vars(tuner.tuned)}
 
-# %% ../nbs/09_recipe.ipynb #3b116d64
+# %% ../nbs/09_recipe.ipynb #177596a0
 FineTuner.step = run_phase
 
-# %% ../nbs/09_recipe.ipynb #54951839
+# %% ../nbs/09_recipe.ipynb #99d875d1
 @dataclass(frozen=True)
 class Candidate:
     "Weights that may be chosen: their logits (n, classes) on the held-back pictures, and either a state of the network or a head."
@@ -188,7 +188,7 @@ class Candidate:
     @property
     def right(self) -> np.ndarray: return (self.logits.argmax(1) == self.labels).cpu().numpy()
 
-# %% ../nbs/09_recipe.ipynb #793810ae
+# %% ../nbs/09_recipe.ipynb #04c03f18
 @dataclass(frozen=True)
 class Head(Candidate):
     """A linear head as a candidate: `state` is the network with the head on the last stage, from which tuning starts; `weight`
@@ -198,7 +198,7 @@ class Head(Candidate):
     bias: torch.Tensor | None = None
     test: torch.Tensor | None = None
 
-# %% ../nbs/09_recipe.ipynb #ac0c68ce
+# %% ../nbs/09_recipe.ipynb #8f602b7e
 def _fit_head(tuner: FineTuner, phase: Phase) -> None:
     "Choose a head by cross-validation on the training pictures, fit it without and with the held-back ones, and put it on the network."
     lower, y, k = stage_features(tuner.backbone), tuner.labels, len(tuner.catalog.classes)
@@ -221,7 +221,7 @@ def _fit_head(tuner: FineTuner, phase: Phase) -> None:
     now, before = tuner.head.score, score(logits(head, tuner.train), y[tuner.train])
     _log(tuner, phase, len(tuner.history), [{"epoch": 1, "train_loss": before.loss, "val_loss": now.loss, "val_accuracy": now.accuracy}], lambda e: None)
 
-# %% ../nbs/09_recipe.ipynb #d39fa8f3
+# %% ../nbs/09_recipe.ipynb #3bab7f0c
 def _decay(choice: HeadChoice, every: bool) -> float:
     "The weight decay with which a head on the last stage, or on every stage, did best."
     return min((s for s in choice.scores if s["every_stage"] == every), key=lambda s: s["loss"])["weight_decay"]
@@ -236,7 +236,7 @@ def _log(tuner: FineTuner, phase: Phase, at: int, rows: list[dict], lr: Callable
     tuner.history[at:] = [{"phase": len(tuner.done), "train": phase.train, "epoch": r["epoch"], "lr": lr(r["epoch"])} | r for r in rows]
     if tuner.watch: tuner.watch(tuner.history)
 
-# %% ../nbs/09_recipe.ipynb #3d6e1bd9
+# %% ../nbs/09_recipe.ipynb #2da2227e
 def _source(tuner: FineTuner, phase: Phase, lower, rows: np.ndarray, fixed: tuple[int, ...] = ()):
     """`inputs(epoch)(positions)` makes the batch that the trainable part sees.
 
@@ -255,7 +255,7 @@ def _source(tuner: FineTuner, phase: Phase, lower, rows: np.ndarray, fixed: tupl
         return batch
     return fresh
 
-# %% ../nbs/09_recipe.ipynb #09ec6552
+# %% ../nbs/09_recipe.ipynb #72416dd3
 def _drawn(tuner: FineTuner, phase: Phase, epoch: int, n: int, fixed: tuple[int, ...]) -> np.ndarray:
     "Which of the kept views each of n pictures shows in this epoch."
     return np.full(n, epoch) if fixed else np.random.default_rng((tuner.seed, epoch)).integers(0, phase.views, n)
@@ -274,7 +274,7 @@ def _fits(tuner: FineTuner, lower, pictures: int) -> bool:
                    "they are computed anew in every epoch")
     return gigabytes <= tuner.settings.cache_gigabytes
 
-# %% ../nbs/09_recipe.ipynb #856a80c7
+# %% ../nbs/09_recipe.ipynb #1cd83966
 def _train(tuner: FineTuner, phase: Phase, resume: bool, run: dict) -> None:
     "Train the upper stages with AdamW, by `fit` of chapter 04; the epoch that the held-back pictures like best is kept."
     b, stage, was = tuner.backbone, first_trainable(tuner.backbone, phase.train), copy_state(tuner.backbone.model)
@@ -300,19 +300,19 @@ def _train(tuner: FineTuner, phase: Phase, resume: bool, run: dict) -> None:
         tuner.note(f"phase {len(tuner.done)} (train = {phase.train!r}) ended early: {e} The best weights before that are kept.")
     tuner.tuned = Candidate(logits(), y, copy_state(b.model))
 
-# %% ../nbs/09_recipe.ipynb #bdb333d6
+# %% ../nbs/09_recipe.ipynb #ca766414
 def _micro(tuner: FineTuner, phase: Phase) -> int | None:
     "Pictures at a time: on a processor large activations leave its caches, and the sum of the gradients is the same."
     return 16 if tuner.device.type == "cpu" and tuner.size >= 128 and not phase.batch_stats else None
 
-# %% ../nbs/09_recipe.ipynb #c26092e2
+# %% ../nbs/09_recipe.ipynb #2cc916bd
 def clearly_better(right: np.ndarray, than: np.ndarray) -> bool:
     """Whether `right` beats `than`, two bool masks (n,) over the same pictures, by what luck would do less than once in five times:
     the one-sided sign test over the pictures on which they differ. For many pictures that is 0.84 standard errors of the difference."""
     won, lost = int((right & ~than).sum()), int((than & ~right).sum())
     return sum(math.comb(won + lost, k) for k in range(won, won + lost + 1)) < 2 ** (won + lost) / 5
 
-# %% ../nbs/09_recipe.ipynb #a252dd3c
+# %% ../nbs/09_recipe.ipynb #3a96be31
 def _choose(tuner: FineTuner) -> Candidate:
     "The candidate that the held-back pictures prefer; its weights are then in the network."
     tuned, head = tuner.tuned, tuner.head
@@ -329,7 +329,7 @@ def _use_head(tuner: FineTuner, head: Head) -> None:
     with torch.no_grad(): wide.linear.weight.copy_(head.weight); wide.linear.bias.copy_(head.bias)
     tuner.backbone = replace(tuner.backbone, model=wide)
 
-# %% ../nbs/09_recipe.ipynb #2e9ad7fb
+# %% ../nbs/09_recipe.ipynb #c19c664d
 def run_phases(tuner: FineTuner, *phases: Phase, resume: bool = False) -> Result:
     """Run the phases in order, choose on the held-back pictures, measure on the test pictures, and save where `out` was given.
     resume: go on where the run that wrote `last.ckpt` in `out` was stopped; what comes out is the same to the last bit."""
@@ -342,7 +342,7 @@ def run_phases(tuner: FineTuner, *phases: Phase, resume: bool = False) -> Result
             _run_phase(tuner, phase, resume and i == done, plan)
         return _finish(tuner)
 
-# %% ../nbs/09_recipe.ipynb #8583f6ce
+# %% ../nbs/09_recipe.ipynb #38e9ffa0
 def _plan(tuner: FineTuner, phases: tuple[Phase, ...]) -> dict:
     "What must be the same for a run to go on."
     labels = hashlib.sha256(tuner.catalog.labels.tobytes() + b"".join(r.tobytes() for r in (tuner.train, tuner.val, tuner.test))).hexdigest()
@@ -364,7 +364,7 @@ def _can_gain(tuner: FineTuner) -> bool:
     "Whether any weights could be clearly better than the head on the held-back pictures. A head without errors cannot be beaten."
     return tuner.head is None or clearly_better(np.ones_like(tuner.head.right), tuner.head.right)
 
-# %% ../nbs/09_recipe.ipynb #aae6b3d7
+# %% ../nbs/09_recipe.ipynb #e559c4a4
 def _versions() -> dict[str, str]:
     import timm, torchvision
     return {"sft_course": sft_course.__version__, "python": platform.python_version(), "torch": torch.__version__,
@@ -381,7 +381,7 @@ def _card(tuner: FineTuner, chosen: Candidate, test: Score) -> dict:
             "problems": [asdict(p) for p in c.problems], "notes": tuner.notes, "data": tuner.pixels.key, "versions": _versions(),
             "seconds": round(time.perf_counter() - tuner.started, 1)}
 
-# %% ../nbs/09_recipe.ipynb #9567a852
+# %% ../nbs/09_recipe.ipynb #b0ea76b0
 def measure(tuner: FineTuner) -> Score:
     "Score of the weights at hand on the test pictures. Every look at them spends them: look once."
     return score(_test_logits(tuner), tuner.labels[tuner.test])
@@ -389,10 +389,10 @@ def measure(tuner: FineTuner) -> Score:
 def _test_logits(tuner: FineTuner) -> torch.Tensor:
     return eval_logits(tuner.backbone, tuner.pixels.pixels[tuner.test], tuner.size, tuner.device)
 
-# %% ../nbs/09_recipe.ipynb #ba178698
+# %% ../nbs/09_recipe.ipynb #3d019253
 FineTuner.measure, FineTuner.run = measure, run_phases
 
-# %% ../nbs/09_recipe.ipynb #4064b7f3
+# %% ../nbs/09_recipe.ipynb #041aad9c
 def save_artifact(result: Result, out: str | Path) -> Path:
     "Write weights, history, report and card into folder `out`, each whole or not at all. The card is last: without it nothing loads."
     from safetensors.torch import save
@@ -412,7 +412,7 @@ def _table(rows: list[dict]) -> str:
     keys = list(dict.fromkeys(k for r in rows for k in r))
     return "\n".join([",".join(keys), *(",".join(str(r.get(k, "")) for k in keys) for r in rows)]) + "\n"
 
-# %% ../nbs/09_recipe.ipynb #7b2f62bb
+# %% ../nbs/09_recipe.ipynb #7d453e46
 def predict(result: Result, paths: list[str | Path]) -> list[Prediction]:
     "A `Prediction` for each picture file. Raises `SFTError` naming the first that cannot be read."
     size, device = result.card["preprocessing"]["size"], next(result.backbone.model.parameters()).device
@@ -425,11 +425,11 @@ def _read(path: str | Path, size: int) -> np.ndarray:
     try: return read_picture(path, size)
     except Exception as e: raise SFTError(f"{path}: cannot be read as a picture ({type(e).__name__}); give a JPEG, PNG or other picture file.") from None
 
-# %% ../nbs/09_recipe.ipynb #9ed3b4b6
+# %% ../nbs/09_recipe.ipynb #7f8a350c
 Result.predict = lambda self, paths: predict(self, paths) if isinstance(paths, (list, tuple)) else predict(self, [paths])[0]
 Result.save = save_artifact
 
-# %% ../nbs/09_recipe.ipynb #9df12879
+# %% ../nbs/09_recipe.ipynb #3bf12a57
 def load_artifact(folder: str | Path, device="cpu") -> Result:
     """The `Result` that was saved in `folder`. Nothing in the folder is executed. Raises `SFTError` where it is not an artifact, or
     its weights are not those its card speaks of."""
@@ -449,19 +449,19 @@ def _text(path: Path) -> str: return path.read_text(errors="replace") if path.is
 
 def _history(path: Path) -> list[dict]: return list(csv.DictReader(io.StringIO(_text(path))))
 
-# %% ../nbs/09_recipe.ipynb #0162bbb6
+# %% ../nbs/09_recipe.ipynb #d249fe81
 def read_card(folder: str | Path) -> dict:
     "What `card.json` in an artifact's folder says. Raises `SFTError` where it is missing, damaged, or says what cannot be."
     folder = Path(folder)
     def refuse(why): raise SFTError(f"{folder}: not an artifact, {why}; give a folder that `sft-course fit` wrote.")
     try: card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: refuse(f"its card.json cannot be read ({type(e).__name__})")
+    except (OSError, ValueError, RecursionError) as e: refuse(f"its card.json cannot be read ({type(e).__name__})")
     if not isinstance(card, dict): refuse("its card.json holds no table")
     for key, ok in _CARD.items():
         if not ok(card.get(key)): refuse(f"its card.json has no valid {key!r}")
     return card
 
-# %% ../nbs/09_recipe.ipynb #e45ea93e
+# %% ../nbs/09_recipe.ipynb #b7ee3ac9
 def _numbers(v, n: int, low: float) -> bool:
     return isinstance(v, list) and len(v) == n and all(isinstance(x, (int, float)) and math.isfinite(x) and x >= low for x in v)
 
@@ -470,10 +470,10 @@ def _preprocessing(v) -> bool:
             and _numbers(v.get("mean"), 3, -1e3) and _numbers(v.get("std"), 3, 1e-6))
 
 _CARD = {"classes": lambda v: isinstance(v, list) and len(v) > 1 and len(set(map(str, v))) == len(v) and all(isinstance(c, str) for c in v),
-         "backbone": lambda v: isinstance(v, str) and bool(re.fullmatch(r"[\w.]+", v)), "preprocessing": _preprocessing,
+         "backbone": lambda v: isinstance(v, str) and bool(re.fullmatch(r"[\w.]{1,100}", v)), "preprocessing": _preprocessing,
          "head": lambda v: v in ("last", "every"), "metrics": lambda v: isinstance(v, dict), "sha256": lambda v: isinstance(v, str)}
 
-# %% ../nbs/09_recipe.ipynb #1bcf5405
+# %% ../nbs/09_recipe.ipynb #39a8c8c6
 def _network(folder: Path, card: dict) -> Backbone:
     "The network that the card describes, with random weights."
     k = len(card["classes"])
@@ -490,13 +490,16 @@ def _weights(folder: Path, card: dict) -> dict[str, torch.Tensor]:
     try: return load(data)
     except Exception as e: raise SFTError(f"{folder}: model.safetensors cannot be read ({type(e).__name__}); fit again.") from None
 
-# %% ../nbs/09_recipe.ipynb #e152e1a5
+# %% ../nbs/09_recipe.ipynb #0b4aa3a7
 def _restore(tuner: FineTuner, plan: dict) -> int:
     "Put the tuner where the run in `last.ckpt` was when its last phase began; how many phases were done. 0 where there is no such file."
     path = tuner.out and tuner.out / "last.ckpt"
     if not path: raise SFTError("resume: there is no folder to go on from; give `out`.")
     if not path.exists(): return 0
-    run = read_checkpoint(path)["more"]["also"]
+    more = read_checkpoint(path)["more"]
+    run = more.get("also") if isinstance(more, dict) else None
+    if not isinstance(run, dict) or not {"plan", "done", "history", "notes", "start", "head", "tuned"} <= run.keys():
+        raise SFTError(f"{path}: not the checkpoint of such a run; give another folder, or delete that file to begin anew.")
     if differ := [k for k in plan if run["plan"].get(k) != plan[k]]:
         raise SFTError(f"{path}: that run had other {' and other '.join(differ)}; give what it had, or another folder for a new run.")
     tuner.history, tuner.notes, tuner.start = run["history"], run["notes"], run["start"]
@@ -507,7 +510,7 @@ def _restore(tuner: FineTuner, plan: dict) -> int:
 
 def _to(v, device): return v.to(device) if isinstance(v, torch.Tensor) else v
 
-# %% ../nbs/09_recipe.ipynb #5e56151d
+# %% ../nbs/09_recipe.ipynb #a4cfe21e
 def fine_tune(data: str | Path | Catalog, backbone: str | None = None, out: str | Path | None = None, *, size: int | None = None,
               seed: int | None = None, phases: tuple[Phase, ...] | None = None, settings: Settings | None = None, resume: bool = False,
               watch: Callable | None = None) -> Result:
@@ -520,7 +523,7 @@ def fine_tune(data: str | Path | Catalog, backbone: str | None = None, out: str 
     tuner = FineTuner(backbone or settings.backbone, data, out, size=size, seed=seed, settings=settings, watch=watch)
     return tuner.run(*(phases or default_phases(settings)), resume=resume)
 
-# %% ../nbs/09_recipe.ipynb #35203571
+# %% ../nbs/09_recipe.ipynb #588c607b
 def scratch_phase(settings: Settings) -> Phase:
     "All layers from random weights: a larger rate, batch norms that learn their statistics, new views in every epoch."
     return Phase("all", epochs=settings.pick(quick=8, full=60), lr=1e-3, views=0, batch_stats=True)

@@ -1,0 +1,146 @@
+"The benchmark's own arithmetic: times to an accuracy, lines of user code, tables. The peers are not needed here."
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent / "benchmarks"
+sys.path.insert(0, str(HERE))
+
+import bench  # noqa: E402
+import harness  # noqa: E402
+import report  # noqa: E402
+
+
+def row(what, seed, points, data="blooms", **more):
+    found = [{"seconds": t, "accuracy": a, "kind": "epoch"} for t, a in points]
+    return {"kind": "peer", "what": what, "data": data, "seed": seed, "points": found, "peak": 500e6, "before": 300e6, "code": "0",
+            "train": 90, "val": 60, "classes": 6, "size": 96, "threads": 2, "epochs": 10, "left_out": [], "foreign_cores": .1,
+            "versions": {"torch": "2"}} | more
+
+
+def test_the_mean_curve_begins_when_every_run_knows_an_accuracy_and_takes_the_last_known():
+    curve = report.mean_curve([[(1, .5), (4, .9)], [(2, .7), (3, .8)]])
+    assert curve == [(2, pytest.approx(.6)), (3, pytest.approx(.65)), (4, pytest.approx(.85))]
+    assert report.mean_curve([[(5, .8)]]) == [(5, .8)]
+
+
+def test_time_to_an_accuracy_is_the_first_evaluation_that_reaches_it():
+    curve = [(1, .5), (2, .8), (3, .7), (4, .9)]
+    assert [report.time_to(curve, a) for a in (.4, .8, .81, .95)] == [1, 2, 4, None]
+
+
+def test_a_point_on_the_way_that_lies_after_the_end_is_not_of_the_run():
+    assert report.points(row("sft", 0, [(1, .5), (9, .4), (8, .6)])) == [(1, .5), (8, .6)]
+
+
+def test_only_lines_that_a_user_writes_are_counted():
+    source = '''"""Docstring."""
+# user code begins
+import torch
+
+# user code ends
+from harness import lite0
+
+def run(bench):
+    # user code begins
+    def f():
+        "One more docstring."
+        return torch.tensor([
+            1,  # a comment beside code counts with it
+
+        ])
+    # a comment
+    bench.watch(f)  # bench
+    text = """two
+lines"""
+    # user code ends
+    bench.point(1)
+'''
+    assert report.user_lines(source) == 1 + 1 + 3 + 2
+
+
+def test_every_peer_marks_its_user_code():
+    counts = {p: report.user_lines((HERE / f"peer_{p}.py").read_text()) for p in report.ORDER}
+    assert all(2 <= n <= 80 for n in counts.values()) and min(counts, key=counts.get) == "sft", counts
+
+
+def test_evaluations_are_off_the_clock_but_count_in_their_own_point():
+    now = [0.]
+    watch = harness.Bench(lambda: now[0])
+    class Peer:
+        def evaluate(self):
+            now[0] += 5
+            return .7
+    peer = Peer()
+    watch.watch(peer, "evaluate", lambda found: found)
+    for _ in range(2):
+        now[0] += 10
+        peer.evaluate()
+    assert [(p["seconds"], p["accuracy"]) for p in watch.points] == [(15, .7), (25, .7)] and watch.seconds() == 20
+
+
+def test_the_tables_say_who_reaches_what_and_which_targets_are_met():
+    rows = [row("sft", s, [(2, .80), (6, .90 + s / 100)]) for s in (0, 1)]
+    rows += [row("features", s, [(4, .78)]) for s in (0, 1)] + [row("fastai", s, [(60, .7), (120, .85)]) for s in (0, 1)]
+    rows += [{"kind": "target", "what": "import", "data": "blooms", "seed": None, "measured": {"ours": .3}, "code": "1"}]
+    text = report.render(rows, dict.fromkeys(report.ORDER, 7), {"sft": "0", "import": "2"})
+    assert "| sft_course | 0.905 ± 0.007 | 6.0 ± 0.0 | 6.0 | 500 (200) | 7 |" in text
+    assert "| features + logistic regression | 0.780 ± 0.000 | 4.0 ± 0.0 | never |" in text
+    assert "| 1/20.0 (6.0 of 120.0 s) | yes |" in text and "| 0.50 × (2.0 of 4.0 s) | yes |" in text and "| +0.125 | yes |" in text
+    assert "| 0.300 s | **no** |" in text and "Made by other code than is here now: import on blooms." in text
+
+
+def test_a_peer_that_we_never_reach_is_a_target_missed():
+    rows = [row("sft", 0, [(2, .80)]), row("plain", 0, [(60, .85)])]
+    assert [r[3:] for r in report.peer_targets("x", report.by_data(rows)["blooms"])][0] == ["never (theirs 60.0 s)", "**no**"]
+
+
+def test_the_last_row_of_a_measurement_counts():
+    rows = report.latest([row("sft", 0, [(1, .1)]), row("sft", 1, [(1, .2)]), row("sft", 0, [(1, .3)])])
+    assert sorted(report.final([r]) for r in rows) == [.2, .3]
+
+
+def test_targets_show_numbers_and_are_judged():
+    measured = {"ours": 1., "reference": 4., "apart": .01, "apart_float": .1, "all_many": 3, "all_few": 2, "many": 100, "few": 10}
+    rows = [{"kind": "target", "what": t, "data": "blooms", "measured": measured} for t in report.TARGETS]
+    met = {r[0]: r[4] for r in report.own_targets(rows)}
+    assert len(met) == len(report.TARGETS) and met["top stages on cached boundary activations, an epoch"] == "yes"
+    assert met["further epochs of the head phase"] == met["throughput, all layers training, data included"] == "**no**"
+
+
+def test_peers_take_turns_within_a_seed_and_what_is_there_is_not_run_again():
+    plan = bench.plan(["a", "b"], [0, 1], ["sft", "plain"], ["head", "import"])
+    assert [r[1:] for r in plan[:4]] == [("sft", "a", 0), ("plain", "a", 0), ("sft", "b", 0), ("plain", "b", 0)]
+    assert [r[1:3] for r in plan if r[0] == "target"] == [("head", "a"), ("head", "b"), ("import", "a")]
+    one = row("sft", 0, [(1, .5)])
+    assert bench.is_there(one, [one]) and not bench.is_there(one, [one | {"code": "1"}, one | {"seed": 1}])
+
+
+def test_the_data_option_takes_a_size(tmp_path):
+    (tmp_path / "leaves").mkdir()
+    assert bench.sources(["blooms", f"{tmp_path}/leaves@128"]) == [("blooms", "blooms", 96), ("leaves", f"{tmp_path}/leaves", 128)]
+    with pytest.raises(SystemExit, match="no such folder"):
+        bench.sources([str(tmp_path / "gone")])
+
+
+def test_tables_go_between_the_marks_of_the_readme(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- tables begin -->\nold\n<!-- tables end -->\nafter\n")
+    for _ in range(2):
+        report.write_tables(readme, "| new \\1 |\n")
+    assert readme.read_text() == "before\n<!-- tables begin -->\n\n| new \\1 |\n\n<!-- tables end -->\nafter\n"
+    assert all(mark in (HERE / "README.md").read_text() for mark in report.MARKS)
+
+
+def test_code_that_only_looks_different_has_the_same_key(tmp_path):
+    for name, text in (("a.py", "x = 1  # one\n"), ("b.py", "\n\nx  =  1\n"), ("c.py", "x = 2\n")):
+        (tmp_path / name).write_text(text)
+    a, b, c = (bench.code_key(tmp_path / n) for n in ("a.py", "b.py", "c.py"))
+    assert a == b != c
+
+
+def test_the_figure_is_drawn(tmp_path):
+    rows = [row("sft", s, [(2, .80), (6, .90)]) for s in (0, 1)] + [row("features", 0, [(4, .78)], data="ants")]
+    report.draw(rows, tmp_path / "peers.png")
+    assert (tmp_path / "peers.png").stat().st_size > 5000
