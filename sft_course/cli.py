@@ -345,7 +345,7 @@ def notebooks(to: Annotated[Path, typer.Argument(metavar="TO", help="Folder to c
     from importlib.util import find_spec
     try: copied = _copy(_chapters(), to, force)
     except OSError as e: raise SFTError(f"{to}: cannot be written ({e.strerror}); give another folder.") from None
-    print(f"{len(copied)} files copied to {to}" if copied else f"{to} has them all already")
+    print(f"{len(copied)} file{'s' * (len(copied) != 1)} copied to {to}" if copied else f"{to} has them all already")
     if not find_spec("jupyterlab"): print('install JupyterLab first: pip install "sft_course[course]"')
     print(f"open them: jupyter lab {shlex.quote(str(to / 'nbs' / 'index.ipynb'))}")
 
@@ -367,7 +367,8 @@ def main() -> None:
 def _misused(e: Any) -> None:
     "A command used wrongly: what typer says of it, and where to read how it is used. (By what it can do: typer brings a click of its own.)"
     command = e.ctx.command_path if getattr(e, "ctx", None) else "sft-course"
-    _stop(f"{' '.join(e.format_message().split()).rstrip('.')}; see: {command} --help", 2)
+    text = " ".join(e.format_message().split()).rstrip(".")
+    _stop(f"{text} See: {command} --help" if text.endswith("?") else f"{text}; see: {command} --help", 2)
 
 def _stop(message: str, status: int) -> None:
     _say(message)

@@ -6,8 +6,8 @@
 __all__ = ['split_at', 'fold_batch_norms', 'weights_key', 'lower_code', 'activations', 'stage_features', 'EveryStage', 'fit_head',
            'HeadChoice', 'choose_head']
 
-# %% ../nbs/05_frozen_head.ipynb #17edd751
-import copy, hashlib, math, os
+# %% ../nbs/05_frozen_head.ipynb #de5ea105
+import copy, hashlib, math, os, re
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .data import PixelCache, look
 from .backbones import Backbone
 from .loop import predict_logits
 
-# %% ../nbs/05_frozen_head.ipynb #26ef0d58
+# %% ../nbs/05_frozen_head.ipynb #89fcba5b
 class _StageTracer(fx.Tracer):
     "Traces a network down to the pieces its stages are made of, and no deeper."
     def __init__(self, units):
@@ -43,7 +43,7 @@ def split_at(backbone: Backbone, stage: int) -> tuple[nn.Module, nn.Module]:
     try: return _split(backbone, stage)
     except (fx.proxy.TraceError, TypeError, ValueError): return nn.Identity(), backbone.model
 
-# %% ../nbs/05_frozen_head.ipynb #be0e00cd
+# %% ../nbs/05_frozen_head.ipynb #d3fac429
 def _split(backbone: Backbone, stage: int) -> tuple[nn.Module, nn.Module]:
     units = [m for s in backbone.stages for m in s.modules]
     nodes = list(_StageTracer(units).trace(backbone.model.eval()).nodes)
@@ -54,7 +54,7 @@ def _split(backbone: Backbone, stage: int) -> tuple[nn.Module, nn.Module]:
     lower, upper = ([n for n in part if n not in options] for part in (nodes[:at], nodes[at:]))
     return _part(backbone.model, lower, dict(options), out=nodes[at].args[0]), _part(backbone.model, upper, dict(options), entry=nodes[at].args[0])
 
-# %% ../nbs/05_frozen_head.ipynb #2fb2091e
+# %% ../nbs/05_frozen_head.ipynb #16863f5f
 def _part(model: nn.Module, nodes: list[fx.Node], env: dict, out: fx.Node | None = None, entry: fx.Node | None = None) -> fx.GraphModule:
     "A module of the given consecutive nodes; `env` holds known values, `out` is what it returns, `entry` what it is given."
     graph = fx.Graph()
@@ -66,7 +66,7 @@ def _part(model: nn.Module, nodes: list[fx.Node], env: dict, out: fx.Node | None
     part.recompile()
     return part
 
-# %% ../nbs/05_frozen_head.ipynb #a7bcab05
+# %% ../nbs/05_frozen_head.ipynb #cd2120a9
 class _Reads(TorchDispatchMode):
     "Counts the operations that read each piece of memory."
     def __init__(self):
@@ -79,7 +79,7 @@ class _Reads(TorchDispatchMode):
 
 def _memory(t: torch.Tensor) -> int: return t.untyped_storage().data_ptr()
 
-# %% ../nbs/05_frozen_head.ipynb #f5057933
+# %% ../nbs/05_frozen_head.ipynb #68a9d758
 def _pairs(module: nn.Module, example: torch.Tensor) -> list[tuple[nn.Module, nn.Module, torch.Tensor]]:
     "(layer, batch norm, the layer's input) wherever the norm is the only reader of what the layer made, and both run once."
     made, met, runs, reads = {}, [], Counter(), _Reads()
@@ -101,7 +101,7 @@ def _pairs(module: nn.Module, example: torch.Tensor) -> list[tuple[nn.Module, nn
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
-# %% ../nbs/05_frozen_head.ipynb #b3cd0638
+# %% ../nbs/05_frozen_head.ipynb #d6a6d6ed
 def _fuse(layer: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
     "A layer that does the work of both, and what is left in place of the norm: timm's kind has an activation inside."
     fused = (fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval)(layer, norm)
@@ -113,7 +113,7 @@ def _agree(a: Any, b: Any, tolerance: float = 1e-3) -> bool:
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape): return False
     return bool((a - b).abs().max() <= tolerance * b.abs().max())
 
-# %% ../nbs/05_frozen_head.ipynb #9e3e39c6
+# %% ../nbs/05_frozen_head.ipynb #1f159ce1
 def fold_batch_norms(module: nn.Module, example: torch.Tensor) -> nn.Module:
     """A copy of `module` in evaluation mode whose batch norms are folded into the convolutions or linear layers right before them.
 
@@ -121,6 +121,7 @@ def fold_batch_norms(module: nn.Module, example: torch.Tensor) -> nn.Module:
     Where the copy's output on random input differs by more than rounding, it comes back unfolded.
     """
     folded, noise = copy.deepcopy(module).eval(), torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules()): return folded
     with torch.no_grad():
         want, names = folded(noise), {}
         for name, m in folded.named_modules(remove_duplicate=False): names.setdefault(m, []).append(name)
@@ -134,18 +135,18 @@ def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(parent), leaf, new)
 
-# %% ../nbs/05_frozen_head.ipynb #8a613aaf
+# %% ../nbs/05_frozen_head.ipynb #55551cc6
 def weights_key(module: nn.Module) -> str:
     "A hash of every parameter and buffer: other weights, other key."
     h = hashlib.blake2b(digest_size=12)
-    for name, t in module.state_dict().items(): h.update(name.encode() + t.detach().cpu().contiguous().numpy().tobytes())
+    for name, t in module.state_dict().items(): h.update(name.encode() + t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 def lower_code(lower: nn.Module) -> str:
     "Which layers `lower` runs: the same weights can be used in more ways than one."
-    return getattr(lower, "code", type(lower).__name__)
+    return getattr(lower, "code", None) or re.sub(r" at 0x\w+", "", repr(lower))
 
-# %% ../nbs/05_frozen_head.ipynb #0434a399
+# %% ../nbs/05_frozen_head.ipynb #87a32cb0
 def activations(lower: nn.Module, backbone: Backbone, pixels: PixelCache, theta: np.ndarray, size: int,
                 cache_dir: str | Path, rows: np.ndarray, device="cpu", desc: str = "features") -> np.ndarray:
     """What `lower`, in evaluation mode, makes of pictures `rows` in one view: (len(rows), …), memory-mapped, kept under `cache_dir`.
@@ -160,7 +161,7 @@ def activations(lower: nn.Module, backbone: Backbone, pixels: PixelCache, theta:
     if not _is_whole(path, len(rows)): _compute(lower, backbone, pixels, theta, size, path, rows, device, desc)
     return np.load(path, mmap_mode="r") if len(rows) else np.load(path)
 
-# %% ../nbs/05_frozen_head.ipynb #fd003e37
+# %% ../nbs/05_frozen_head.ipynb #11969e0b
 def _is_whole(path: Path, n: int) -> bool:
     "Whether `path` is a .npy file of n rows of floats that ends where its head says."
     try:
@@ -171,7 +172,7 @@ def _is_whole(path: Path, n: int) -> bool:
                 and os.fstat(f.fileno()).st_size == f.tell() + math.prod(shape) * kind.itemsize
     except (OSError, ValueError): return False
 
-# %% ../nbs/05_frozen_head.ipynb #84007c32
+# %% ../nbs/05_frozen_head.ipynb #a35195c9
 class _TooLarge(Exception):
     "A value that 16 bits cannot hold."
 
@@ -187,7 +188,7 @@ def _outputs(lower: nn.Module, backbone: Backbone, pixels: PixelCache, theta, si
         if kind == np.float16 and x.numel() and x.abs().max() > 65504: raise _TooLarge
         yield x.cpu().numpy().astype(kind)
 
-# %% ../nbs/05_frozen_head.ipynb #8bf4f517
+# %% ../nbs/05_frozen_head.ipynb #dcf99081
 def _compute(lower, backbone, pixels, theta, size, path: Path, rows, device, desc) -> None:
     "Write the activations to `path`, in 32 bits where 16 do not hold them."
     example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
@@ -198,7 +199,7 @@ def _compute(lower, backbone, pixels, theta, size, path: Path, rows, device, des
         with suppress(_TooLarge):
             return _write(path, shape, kind, _outputs(folded, backbone, pixels, theta, size, rows, device, desc, kind))
 
-# %% ../nbs/05_frozen_head.ipynb #a5c5e713
+# %% ../nbs/05_frozen_head.ipynb #ceeb088e
 def _write(path: Path, shape: tuple[int, ...], kind: type, parts: Iterator[np.ndarray]) -> None:
     """Write to a temporary file beside `path`, then rename: never half a file. Not through a memory map, for which a full
     disk is no error but the end of the process."""
@@ -216,7 +217,7 @@ def _write(path: Path, shape: tuple[int, ...], kind: type, parts: Iterator[np.nd
     finally:
         with suppress(OSError): temp.unlink(missing_ok=True)
 
-# %% ../nbs/05_frozen_head.ipynb #bddad8ca
+# %% ../nbs/05_frozen_head.ipynb #64ac0954
 def _headless(model: nn.Module, head: str) -> nn.Module:
     "The same network, sharing its weights, with the identity in place of its head."
     twin, (first, _, rest) = copy.copy(model), head.partition(".")
@@ -228,7 +229,7 @@ def _positions(x: torch.Tensor, axis: int) -> torch.Tensor:
     "(n, positions, channels) of a tensor whose `axis` holds the channels; (n, c) has one position."
     return x.float().movedim(axis, -1).reshape(len(x), -1, x.shape[axis])
 
-# %% ../nbs/05_frozen_head.ipynb #9eba4423
+# %% ../nbs/05_frozen_head.ipynb #349dc41c
 def _moments(x: torch.Tensor, axis: int) -> torch.Tensor:
     "Mean, max and standard deviation over positions, (n, 3c)."
     x = _positions(x, axis)
@@ -236,7 +237,7 @@ def _moments(x: torch.Tensor, axis: int) -> torch.Tensor:
     var = (x - mean).square().mean(1)
     return torch.cat([mean[:, 0], x.amax(1), var.clamp_min(1e-12).sqrt()], 1)  # the square root has no slope at zero
 
-# %% ../nbs/05_frozen_head.ipynb #ea05f245
+# %% ../nbs/05_frozen_head.ipynb #9c03f3a5
 class _StageFeatures(nn.Module):
     "See `stage_features`. `head` and `taps`: names of modules, each with the axis that holds the channels."
     def __init__(self, model: nn.Module, head: tuple[str, int], taps: Sequence[tuple[str, int]], last: int, columns: int):
@@ -256,7 +257,7 @@ class _StageFeatures(nn.Module):
             for h in hooks: h.remove()
         return torch.cat([made[name] for name, _ in (self.head, *self.taps)], 1)
 
-# %% ../nbs/05_frozen_head.ipynb #6d3f1dbd
+# %% ../nbs/05_frozen_head.ipynb #eea2e456
 def _shapes(backbone: Backbone, names: Sequence[str]) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
     "Shape of what the head is given, and of what each named module that runs before it makes, for one picture."
     at, made, given = backbone.model.get_submodule, {}, []
@@ -269,7 +270,7 @@ def _shapes(backbone: Backbone, names: Sequence[str]) -> tuple[tuple[int, ...], 
         for h in hooks: h.remove()
     return given[-1], made
 
-# %% ../nbs/05_frozen_head.ipynb #59d3645d
+# %% ../nbs/05_frozen_head.ipynb #e44e02ae
 def _taps(backbone: Backbone, made: dict[str, tuple[int, ...]]) -> list[tuple[str, int]]:
     "For each stage the last module whose output has positions, (n, c, h, w), (n, h, w, c) or (n, t, c), and its axis of channels."
     last_axis = any(len(s) == 4 and s[1] == s[2] > 1 and s[2] != s[3] for s in made.values())
@@ -281,7 +282,7 @@ def _taps(backbone: Backbone, made: dict[str, tuple[int, ...]]) -> list[tuple[st
     found = [[(m, axis(made[m])) for m in s.modules if m in made and axis(made[m])] for s in backbone.stages[:-1]]
     return [with_positions[-1] for with_positions in found if with_positions]
 
-# %% ../nbs/05_frozen_head.ipynb #d2f45893
+# %% ../nbs/05_frozen_head.ipynb #5cd96c07
 def stage_features(backbone: Backbone) -> nn.Module:
     """A module that makes of pictures (n, 3, s, s) float32 (n, d): first what the head is given, `.last` columns, then mean, max
     and standard deviation over positions of each stage's output. One forward pass; `.columns` is d; the weights are shared.
@@ -293,7 +294,7 @@ def stage_features(backbone: Backbone) -> nn.Module:
     columns = given[axis] + 3 * sum(made[name][a] for name, a in taps)
     return _StageFeatures(backbone.model, (backbone.stages[-1].modules[-1], axis), taps, given[axis], columns)
 
-# %% ../nbs/05_frozen_head.ipynb #624ffd40
+# %% ../nbs/05_frozen_head.ipynb #4407ec1b
 class EveryStage(nn.Module):
     "A network whose logits (n, classes) are a linear layer, `.linear`, on `stage_features(backbone)`, `.features`."
     def __init__(self, backbone: Backbone, classes: int):
@@ -303,7 +304,7 @@ class EveryStage(nn.Module):
 
     def forward(self, x): return self.linear(self.features(x))
 
-# %% ../nbs/05_frozen_head.ipynb #c0e9adea
+# %% ../nbs/05_frozen_head.ipynb #e96327f8
 def _as_float(features, rows: slice | np.ndarray = slice(None)) -> torch.Tensor:
     "float32 of some rows of a tensor or a (memory-mapped) array."
     part = features[rows]
@@ -314,7 +315,7 @@ def _chunks(features, most: int = 1 << 24) -> list[slice]:
     step = max(1, most // max(1, features.shape[1]))
     return [slice(i, i + step) for i in range(0, len(features), step)]
 
-# %% ../nbs/05_frozen_head.ipynb #fdb97902
+# %% ../nbs/05_frozen_head.ipynb #2bf8134d
 def _spread(features, chunks: list[slice]) -> tuple[torch.Tensor, torch.Tensor]:
     "Mean and standard deviation (d,) of columns; a column that does not vary has infinity, so that divided by it is nothing."
     mean = sum(_as_float(features, c).double().sum(0) for c in chunks) / len(features)
@@ -322,7 +323,7 @@ def _spread(features, chunks: list[slice]) -> tuple[torch.Tensor, torch.Tensor]:
     std = var.sqrt()
     return mean.float(), torch.where(std > 1e-6 * (1 + mean.abs()), std, torch.inf).float()
 
-# %% ../nbs/05_frozen_head.ipynb #7fd06cb2
+# %% ../nbs/05_frozen_head.ipynb #2f244168
 def fit_head(features, labels: torch.Tensor, classes: int, weight_decay: float = 1e-3, start=None, max_iter: int = 200, *,
              standardise: bool = False, chunk: int = 1 << 24) -> tuple[torch.Tensor, torch.Tensor]:
     """(W, b) that minimise the mean cross-entropy of `features @ W.T + b` plus `weight_decay`/2 · ‖W‖².
@@ -344,7 +345,7 @@ def fit_head(features, labels: torch.Tensor, classes: int, weight_decay: float =
     _minimise(V, c, lambda: zip(rows, kept or map(part, rows)), labels, weight_decay, max_iter)
     return V / s, c - (V / s) @ m
 
-# %% ../nbs/05_frozen_head.ipynb #d416f455
+# %% ../nbs/05_frozen_head.ipynb #d42d316f
 def _minimise(V: torch.Tensor, c: torch.Tensor, parts: Callable, labels: torch.Tensor, weight_decay: float, max_iter: int) -> None:
     "L-BFGS on V and c in place; `parts()` goes through (rows, x), and loss and gradient are added up."
     V.requires_grad_(), c.requires_grad_()
@@ -360,7 +361,7 @@ def _minimise(V: torch.Tensor, c: torch.Tensor, parts: Callable, labels: torch.T
     with torch.enable_grad(): solver.step(closure)
     V.requires_grad_(False), c.requires_grad_(False)
 
-# %% ../nbs/05_frozen_head.ipynb #3133dbb7
+# %% ../nbs/05_frozen_head.ipynb #d109c6e8
 @dataclass(frozen=True)
 class HeadChoice:
     """What `choose_head` found: which head, which weight decay for `fit_head`, and a row for each that was tried.
@@ -378,7 +379,7 @@ def _folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
     order[mixed[np.argsort(labels[mixed], kind="stable")]] = np.arange(len(labels)) % folds
     return order
 
-# %% ../nbs/05_frozen_head.ipynb #4e789df9
+# %% ../nbs/05_frozen_head.ipynb #3fb509a0
 def _few(labels: np.ndarray, most: int, seed: int) -> np.ndarray:
     "Rows, sorted: all, or `most` of them with the same share of each class."
     n, mixed = len(labels), np.random.default_rng((seed, 1)).permutation(len(labels))
@@ -390,7 +391,7 @@ def _mean_view(features: Sequence, rows: np.ndarray) -> torch.Tensor:
     mean = sum(_as_float(f, rows) for f in features) / len(features)
     return mean - mean.mean(0)
 
-# %% ../nbs/05_frozen_head.ipynb #c76d1718
+# %% ../nbs/05_frozen_head.ipynb #48bc5dc3
 def _rotated(gram: torch.Tensor, train: np.ndarray, held: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Coordinates of training and held-back rows in the space that the training rows span, from products of rows alone.
 
@@ -400,7 +401,7 @@ def _rotated(gram: torch.Tensor, train: np.ndarray, held: np.ndarray) -> tuple[t
     S, U = values[keep].sqrt(), U[:, keep]
     return (U * S).float(), (gram[held][:, train].double() @ U / S).float()
 
-# %% ../nbs/05_frozen_head.ipynb #cd3f8ca8
+# %% ../nbs/05_frozen_head.ipynb #025c4ee3
 def _held_back_logits(x: torch.Tensor, labels: torch.Tensor, fold: np.ndarray, classes: int, decays: Sequence[float], max_iter: int) -> torch.Tensor:
     "Logits (decays, n, classes) of every row from heads fitted without its fold; each decay starts where the next larger ended."
     gram, out = x @ x.T, torch.zeros(len(decays), len(x), classes, device=x.device)
@@ -412,7 +413,7 @@ def _held_back_logits(x: torch.Tensor, labels: torch.Tensor, fold: np.ndarray, c
             out[i, held] = b @ head[0].T + head[1]
     return out
 
-# %% ../nbs/05_frozen_head.ipynb #ca2ab70e
+# %% ../nbs/05_frozen_head.ipynb #eff4dfb3
 def choose_head(features: Sequence, last: int, labels: torch.Tensor, classes: int, decays: Sequence[float] = (.01, .1, 1.), folds: int = 3,
                 seed: int = 0, most: int = 1500, max_iter: int = 40) -> HeadChoice:
     """Choose by cross-validation between a head on the `last` first columns of `features` and one on all of them, and their weight decay.

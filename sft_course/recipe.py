@@ -342,13 +342,14 @@ def run_phases(tuner: FineTuner, *phases: Phase, resume: bool = False) -> Result
             _run_phase(tuner, phase, resume and i == done, plan)
         return _finish(tuner)
 
-# %% ../nbs/09_recipe.ipynb #38e9ffa0
+# %% ../nbs/09_recipe.ipynb #sp0plan0
 def _plan(tuner: FineTuner, phases: tuple[Phase, ...]) -> dict:
     "What must be the same for a run to go on."
     labels = hashlib.sha256(tuner.catalog.labels.tobytes() + b"".join(r.tobytes() for r in (tuner.train, tuner.val, tuner.test))).hexdigest()
     return {"phases": [asdict(p) for p in phases], "backbone": tuner.backbone.name, "weights": tuner.backbone.weights, "size": tuner.size,
             "seed": tuner.seed, "pictures": tuner.pixels.key, "labels": labels}
 
+# %% ../nbs/09_recipe.ipynb #38e9ffa0
 def _finish(tuner: FineTuner) -> Result:
     chosen = _choose(tuner)
     logits = chosen.test if isinstance(chosen, Head) else _test_logits(tuner)
@@ -392,6 +393,11 @@ def _test_logits(tuner: FineTuner) -> torch.Tensor:
 # %% ../nbs/09_recipe.ipynb #3d019253
 FineTuner.measure, FineTuner.run = measure, run_phases
 
+# %% ../nbs/09_recipe.ipynb #sp0table
+def _table(rows: list[dict]) -> str:
+    keys = list(dict.fromkeys(k for r in rows for k in r))
+    return "\n".join([",".join(keys), *(",".join(str(r.get(k, "")) for k in keys) for r in rows)]) + "\n"
+
 # %% ../nbs/09_recipe.ipynb #041aad9c
 def save_artifact(result: Result, out: str | Path) -> Path:
     "Write weights, history, report and card into folder `out`, each whole or not at all. The card is last: without it nothing loads."
@@ -407,10 +413,6 @@ def save_artifact(result: Result, out: str | Path) -> Path:
             with whole_file(out / name) as temp: temp.write_bytes(content)
     except OSError as e: raise SFTError(f"{out}: the artifact cannot be written ({e.strerror}); make room, or give another folder with --out.") from None
     return out
-
-def _table(rows: list[dict]) -> str:
-    keys = list(dict.fromkeys(k for r in rows for k in r))
-    return "\n".join([",".join(keys), *(",".join(str(r.get(k, "")) for k in keys) for r in rows)]) + "\n"
 
 # %% ../nbs/09_recipe.ipynb #7d453e46
 def predict(result: Result, paths: list[str | Path]) -> list[Prediction]:
@@ -429,6 +431,11 @@ def _read(path: str | Path, size: int) -> np.ndarray:
 Result.predict = lambda self, paths: predict(self, paths) if isinstance(paths, (list, tuple)) else predict(self, [paths])[0]
 Result.save = save_artifact
 
+# %% ../nbs/09_recipe.ipynb #sp0text0
+def _text(path: Path) -> str: return path.read_text(errors="replace") if path.is_file() else ""
+
+def _history(path: Path) -> list[dict]: return list(csv.DictReader(io.StringIO(_text(path))))
+
 # %% ../nbs/09_recipe.ipynb #3bf12a57
 def load_artifact(folder: str | Path, device="cpu") -> Result:
     """The `Result` that was saved in `folder`. Nothing in the folder is executed. Raises `SFTError` where it is not an artifact, or
@@ -444,10 +451,6 @@ def load_artifact(folder: str | Path, device="cpu") -> Result:
     p = card["preprocessing"]
     backbone = replace(backbone, mean=tuple(p["mean"]), std=tuple(p["std"]), crop=p["crop"])
     return Result(backbone, card, _history(folder / "history.csv"), html=_text(folder / "report.html"))
-
-def _text(path: Path) -> str: return path.read_text(errors="replace") if path.is_file() else ""
-
-def _history(path: Path) -> list[dict]: return list(csv.DictReader(io.StringIO(_text(path))))
 
 # %% ../nbs/09_recipe.ipynb #d249fe81
 def read_card(folder: str | Path) -> dict:
@@ -490,6 +493,9 @@ def _weights(folder: Path, card: dict) -> dict[str, torch.Tensor]:
     try: return load(data)
     except Exception as e: raise SFTError(f"{folder}: model.safetensors cannot be read ({type(e).__name__}); fit again.") from None
 
+# %% ../nbs/09_recipe.ipynb #sp0to000
+def _to(v, device): return v.to(device) if isinstance(v, torch.Tensor) else v
+
 # %% ../nbs/09_recipe.ipynb #0b4aa3a7
 def _restore(tuner: FineTuner, plan: dict) -> int:
     "Put the tuner where the run in `last.ckpt` was when its last phase began; how many phases were done. 0 where there is no such file."
@@ -507,8 +513,6 @@ def _restore(tuner: FineTuner, plan: dict) -> int:
     tuner.done = [Phase(**p) for p in plan["phases"][:run["done"]]]
     if latest := tuner.tuned or tuner.head: tuner.backbone.model.load_state_dict(latest.state)
     return run["done"]
-
-def _to(v, device): return v.to(device) if isinstance(v, torch.Tensor) else v
 
 # %% ../nbs/09_recipe.ipynb #a4cfe21e
 def fine_tune(data: str | Path | Catalog, backbone: str | None = None, out: str | Path | None = None, *, size: int | None = None,

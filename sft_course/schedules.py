@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'RULES', 'constant', 'step_decay', 'linear', 'cosine', 'one_cycle', 'warm_up', 'schedule', 'rate_table',
            'smoothed', 'rate_curve', 'suggest', 'FoundRate', 'find_rate']
 
-# %% ../nbs/07_schedules.ipynb #86206787
+# %% ../nbs/07_schedules.ipynb #8b4096e0
 import copy, math, random
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,27 +18,27 @@ from torch import nn
 from .core import SFTError, seeded
 from .loop import add_gradients, batches, predict_logits, score
 
-# %% ../nbs/07_schedules.ipynb #c4893588
+# %% ../nbs/07_schedules.ipynb #2a21e8e3
 def constant(step: int, steps: int) -> float:
     "1 at every step."
     return 1.
 
-# %% ../nbs/07_schedules.ipynb #d6618b94
+# %% ../nbs/07_schedules.ipynb #5a2d0093
 def step_decay(step: int, steps: int, factor: float = .1, parts: int = 3) -> float:
     "1, then `factor` times less after each of `parts` equal parts of the steps (He et al. 2016)."
     return factor ** min(step // -(-steps // parts), parts - 1)
 
-# %% ../nbs/07_schedules.ipynb #e4a1999b
+# %% ../nbs/07_schedules.ipynb #b6ab7021
 def linear(step: int, steps: int) -> float:
     "A straight line from 1 at step 0 to 0 at step `steps`."
     return 1 - min(step / steps, 1)
 
-# %% ../nbs/07_schedules.ipynb #845ba99e
+# %% ../nbs/07_schedules.ipynb #4cc1920a
 def cosine(step: int, steps: int) -> float:
     "Half a cosine from 1 at step 0 to 0 at step `steps` (Loshchilov and Hutter 2017)."
     return .5 * (1 + math.cos(math.pi * min(step / steps, 1)))
 
-# %% ../nbs/07_schedules.ipynb #c9101463
+# %% ../nbs/07_schedules.ipynb #cee446be
 def _arc(a: float, b: float, share: float) -> float:
     "Half a cosine from a, at `share` 0, to b, at `share` 1."
     return b + (a - b) * (1 + math.cos(math.pi * share)) / 2
@@ -49,12 +49,12 @@ def one_cycle(step: int, steps: int, warmup: float = .3) -> float:
     if step <= top: return _arc(1 / 25, 1., step / top if top else 1.)
     return _arc(1., 1 / 25 / 1e4, min((step - top) / (last - top), 1.)) if last > top else 1 / 25 / 1e4
 
-# %% ../nbs/07_schedules.ipynb #31d46b78
+# %% ../nbs/07_schedules.ipynb #da664d0b
 def warm_up(step: int, rise: int) -> float:
     "A straight line to 1 at step `rise`: 1/(rise + 1) at step 0, 1 from `rise` on (Goyal et al. 2017)."
     return min((step + 1) / (rise + 1), 1.)
 
-# %% ../nbs/07_schedules.ipynb #5a26f4f0
+# %% ../nbs/07_schedules.ipynb #5357aa74
 SCHEDULES: dict[str, Callable[[int, int], float]] = {
     "constant": constant, "step": step_decay, "linear": linear, "cosine": cosine, "one_cycle": one_cycle}
 
@@ -71,13 +71,13 @@ def schedule(name: str, steps: int, warmup: float = .1) -> Callable[[int], float
     rise = min(round(warmup * steps), steps - 1)
     return lambda step: warm_up(step, rise) if step < rise else SCHEDULES[name](step - rise, steps - rise)
 
-# %% ../nbs/07_schedules.ipynb #fe8bd9b0
+# %% ../nbs/07_schedules.ipynb #f0420235
 def rate_table(name: str, steps: int, bases: Sequence[float], warmup: float = .1) -> np.ndarray:
     "Rates float64 (steps, groups): the named schedule's factor at every step times each group's own rate in `bases`."
     rate = schedule(name, steps, warmup)
     return np.outer([rate(t) for t in range(steps)], np.asarray(bases, float))
 
-# %% ../nbs/07_schedules.ipynb #e3d27744
+# %% ../nbs/07_schedules.ipynb #ce74155a
 @contextmanager
 def _random_kept(seed: int) -> Iterator[None]:
     "Torch, numpy and Python draw from `seed` inside; outside, all three go on as if nothing had been drawn."
@@ -88,13 +88,13 @@ def _random_kept(seed: int) -> Iterator[None]:
             yield
     finally: random.setstate(kept[0]), np.random.set_state(kept[1])
 
-# %% ../nbs/07_schedules.ipynb #65e5ee92
+# %% ../nbs/07_schedules.ipynb #be672372
 def smoothed(losses: Sequence[float], reach: int = 2) -> np.ndarray:
     "Mean of each loss and its neighbours up to `reach` steps away, on both sides (fewer at the ends): float64 (n,)."
     def sums(x): return np.convolve(x, np.ones(2 * reach + 1))[reach:reach + len(x)]
     return sums(np.asarray(losses, float)) / sums(np.ones(len(losses)))
 
-# %% ../nbs/07_schedules.ipynb #3fce4e03
+# %% ../nbs/07_schedules.ipynb #ccc70e4f
 def _full_batches(n: int, size: int, steps: int, seed: int) -> list[np.ndarray]:
     "`steps` batches, shuffled anew in each pass, without the smaller ones that a pass may end with."
     every = (rows for e in count() for rows in batches(n, size, (seed, e)) if len(rows) >= min(size, n))
@@ -105,7 +105,7 @@ def _twins(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Modul
     except Exception as e:
         raise SFTError(f"rate_curve: the network cannot be copied ({type(e).__name__}: {str(e)[:80]}); try rates by hand.") from None
 
-# %% ../nbs/07_schedules.ipynb #e57f4d36
+# %% ../nbs/07_schedules.ipynb #740f1897
 def _climb(model, train, held, optimizer, order, rates, clip, how) -> Iterator[float]:
     "The loss at each rate, before the step that takes it; ends when it is no longer finite."
     (inputs, labels), top = train, max(g.get("base", g["lr"]) for g in optimizer.param_groups)
@@ -120,7 +120,7 @@ def _climb(model, train, held, optimizer, order, rates, clip, how) -> Iterator[f
         if clip: nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
         optimizer.step()
 
-# %% ../nbs/07_schedules.ipynb #dc39a210
+# %% ../nbs/07_schedules.ipynb #dab8f6ba
 def rate_curve(model: nn.Module, train: tuple, held: tuple | None, optimizer: torch.optim.Optimizer, *, low: float = 1e-5, high: float = 1.,
                steps: int = 50, batch_size: int = 16, seed: int = 0, clip: float | None = None, **how) -> tuple[np.ndarray, np.ndarray]:
     """(rates, losses), each float64 (n,), n ≤ steps: a range test from `low` to `high`, on copies of model and optimiser.
@@ -144,7 +144,7 @@ def rate_curve(model: nn.Module, train: tuple, held: tuple | None, optimizer: to
         raise SFTError(f"rate_curve: the loss is not finite at the first step, at rate {low:g}; look at pictures, labels and weights.")
     return rates[:len(losses)], np.array(losses)
 
-# %% ../nbs/07_schedules.ipynb #3034d410
+# %% ../nbs/07_schedules.ipynb #c31db955
 def _lowest(rates: np.ndarray, y: np.ndarray) -> tuple[float, str]:
     return rates[y.argmin()] / 10, f"a tenth of {rates[y.argmin()]:.1e}, where the loss is lowest"
 
@@ -169,7 +169,7 @@ def suggest(rates: np.ndarray, losses: np.ndarray, rule: str = "steepest") -> tu
     rate, how = RULES[rule](rates, y)
     return float(rate), how
 
-# %% ../nbs/07_schedules.ipynb #872cec74
+# %% ../nbs/07_schedules.ipynb #cff3d7ce
 @dataclass(frozen=True)
 class FoundRate:
     "A range test: `rates` and `losses` float64 (n,), the `suggested` rate for the group with the largest, and `how` it was chosen."

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GREEN', 'ORANGE', 'GREY', 'REACH', 'FROZEN', 'TRAINED', 'ORDERS', 'Drawing', 'draw_logits', 'logits_widget',
-           'stage_totals', 'draw_stages', 'stage_explorer', 'draw_schedule', 'schedule_explorer', 'sift',
-           'draw_pictures', 'browse', 'draw_history', 'LiveCurve']
+           'draw_stages', 'stage_explorer', 'draw_schedule', 'schedule_explorer', 'sift', 'draw_pictures', 'browse',
+           'draw_history', 'LiveCurve']
 
-# %% ../nbs/a2_widgets.ipynb #a8803317
+# %% ../nbs/a2_widgets.ipynb #a66a7e15
 import base64, html, math
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from typing import Any, Callable, Sequence
 import numpy as np
@@ -23,7 +24,7 @@ from .schedules import SCHEDULES, rate_table
 from .evaluation import Evaluation
 from .recipe import Result
 
-# %% ../nbs/a2_widgets.ipynb #614e038c
+# %% ../nbs/a2_widgets.ipynb #077a3daa
 @dataclass(frozen=True)
 class Drawing:
     "A figure as SVG, and the sentence that says what it shows."
@@ -46,7 +47,7 @@ def _clean(text: str) -> str: return html.escape(_plain(text))
 def _write(x: float, y: float, text: str, anchor: str = "middle", more: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{_clean(text)}</text>'
 
-# %% ../nbs/a2_widgets.ipynb #b18f5a3c
+# %% ../nbs/a2_widgets.ipynb #dbddc663
 def _sentence(names: Sequence[str], label: int, p: list[float], g: list[float], loss: float) -> str:
     rival = max((k for k in range(len(names)) if k != label), key=lambda k: g[k])
     say = f"The label is {names[label]}. It gets probability {p[label]:.2f}, so the loss is {loss:.2f} nats. "
@@ -54,7 +55,7 @@ def _sentence(names: Sequence[str], label: int, p: list[float], g: list[float], 
     return say + (f"A step against the gradient raises the logit of {names[label]} (gradient −{-g[label]:.2f}) "
                   f"and lowers that of {names[rival]} most (gradient {g[rival]:.2f}).")
 
-# %% ../nbs/a2_widgets.ipynb #678be2f6
+# %% ../nbs/a2_widgets.ipynb #00ee1f8f
 GREEN, ORANGE, GREY, REACH = "#009e73", "#d55e00", "#666666", 10.
 _COLUMNS = (("logit z", 245, 60 / REACH, GREY), ("probability p", 370, 100, GREEN), ("gradient p − y", 610, 60, ORANGE))
 
@@ -68,7 +69,7 @@ def _row(k: int, name: str, is_label: bool, values: tuple[float, float, float]) 
         parts += [_bar(x, y, width, colour), _write(x + width + 4 * side, y + 16, f"{value:.2f}".replace("-", "−"), "start" if side > 0 else "end")]
     return "".join(parts)
 
-# %% ../nbs/a2_widgets.ipynb #0c0acbff
+# %% ../nbs/a2_widgets.ipynb #25ce33b4
 def draw_logits(logits: Sequence[float], label: int, names: Sequence[str] = ("class 1", "class 2", "class 3")) -> Drawing:
     """Bars of logit, probability and gradient p − y for each of K classes, with the loss of `label`, a class index from 0.
 
@@ -82,7 +83,7 @@ def draw_logits(logits: Sequence[float], label: int, names: Sequence[str] = ("cl
     text = _sentence(names, label, p, g, loss)
     return Drawing(_sheet(rows, len(logits), loss, text), text)
 
-# %% ../nbs/a2_widgets.ipynb #1d507d63
+# %% ../nbs/a2_widgets.ipynb #ede7b1f7
 def _sheet(rows: str, classes: int, loss: float, text: str) -> str:
     "Headings, zero lines and the loss around the rows; the title is what a screen reader says."
     bottom = 34 + 34 * classes
@@ -92,11 +93,11 @@ def _sheet(rows: str, classes: int, loss: float, text: str) -> str:
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {bottom + 36}" width="720" role="img" font-family="sans-serif" font-size="13" '
             f'fill="#222"><title>{_clean(text)}</title><rect width="100%" height="100%" fill="white"/>{heads}{zeros}{rows}{foot}</svg>')
 
-# %% ../nbs/a2_widgets.ipynb #27946b4f
+# %% ../nbs/a2_widgets.ipynb #f48634a3
 def _shown(drawing: Drawing) -> str:
     return f'{drawing.svg}<p role="status" aria-live="polite">{_clean(drawing.text)}</p>'
 
-# %% ../nbs/a2_widgets.ipynb #bde64732
+# %% ../nbs/a2_widgets.ipynb #24d16525
 def logits_widget(names: Sequence[str] = ("class 1", "class 2", "class 3"), logits: Sequence[float] = (1., 2., -1.), live: bool | None = None):
     """Sliders for the logits and a choice of label, wired to `draw_logits`: an `ipywidgets.VBox`.
 
@@ -106,15 +107,15 @@ def logits_widget(names: Sequence[str] = ("class 1", "class 2", "class 3"), logi
     import ipywidgets as w
     wide = {"description_width": "7em"}
     sliders = [w.FloatSlider(z, min=-REACH, max=REACH, step=.1, description=f"logit, {n}", style=wide, layout={"width": "34em"}) for n, z in zip(names, logits)]
-    label = w.ToggleButtons(options=[(n, k) for k, n in enumerate(names)], description="label", style=wide)
+    label = w.ToggleButtons(options=[(n, k) for k, n in enumerate(names)], description="label", style={**wide, "button_width": "8em"}, layout={"width": "40em"})
     view = w.HTML()
     def redraw(_=None): view.value = _shown(draw_logits([s.value for s in sliders], label.value, names))
     for control in (*sliders, label): control.observe(redraw, "value")
     redraw()
     return w.VBox([*sliders, label, view])
 
-# %% ../nbs/a2_widgets.ipynb #290485ff
-def stage_totals(rows: Sequence[dict], train: int) -> dict[str, float]:
+# %% ../nbs/a2_widgets.ipynb #2f8a100a
+def _totals(rows: Sequence[dict], train: int) -> dict[str, float]:
     """What training the upper `train` of the stages in `rows`, from `account`, costs: `parameters`, `megabytes` of activations, and
     `operations`, `cached` (the frozen part computed once and kept) as shares of training all. A backward pass counts as two forward."""
     upper, ops = rows[len(rows) - train:], sum(r["multiply_adds"] for r in rows)
@@ -122,10 +123,11 @@ def stage_totals(rows: Sequence[dict], train: int) -> dict[str, float]:
     return {"parameters": sum(r["parameters"] for r in upper), "megabytes": sum(r["activation_bytes"] for r in upper) / 1e6,
             "operations": (ops + 2 * mine) / (3 * ops), "cached": mine / ops}
 
-# %% ../nbs/a2_widgets.ipynb #7ed495da
-_COSTS = (("parameters (thousands)", 250), ("activations (MB a picture)", 425), ("operations (millions)", 600))
+# %% ../nbs/a2_widgets.ipynb #5654717e
 FROZEN, TRAINED = PALETTE["frozen"], PALETTE["tuned"]
+_COSTS = (("parameters (thousands)", 236), ("activations (MB)", 402), ("operations (millions)", 568))
 
+# %% ../nbs/a2_widgets.ipynb #9250a18d
 def _stage_row(y: float, name: str, trains: bool, values: Sequence[float], most: Sequence[float]) -> str:
     "One stage: its name, its state, a bar and a number in each column."
     colour, parts = TRAINED if trains else FROZEN, []
@@ -133,18 +135,21 @@ def _stage_row(y: float, name: str, trains: bool, values: Sequence[float], most:
               _write(147, y + 13, "trained" if trains else "frozen", "start", 'font-weight="bold"' if trains else "")]
     for (_, x), value, top in zip(_COSTS, values, most):
         width = 100 * value / (top or 1)
-        parts += [f'<rect x="{x}" y="{y + 1:.0f}" width="{width:.1f}" height="15" fill="{colour}"/>', _write(x + width + 5, y + 13, _figure(value), "start")]
+        parts += [f'<rect x="{x}" y="{y + 1:.0f}" width="{width:.1f}" height="15" fill="{colour}"/>',
+                  _write(x + width + 5, y + 13, _figure(value), "start")]
     return "".join(parts)
 
-# %% ../nbs/a2_widgets.ipynb #a1b9bd5c
+# %% ../nbs/a2_widgets.ipynb #4153f187
 def _cut(text: str, most: int) -> str: return text if len(text) <= most else text[:most - 1] + "…"
+
+def _percent(share: float) -> str: return "over 99 %" if .995 <= share < 1 else f"{100 * share:.0f} %"
 
 def _figure(value: float) -> str:
     "A number as short as a label allows: 0.03, 0.93, 12, 1,280."
     if not value: return "0"
     return f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
-# %% ../nbs/a2_widgets.ipynb #31af82a9
+# %% ../nbs/a2_widgets.ipynb #95a8bdbe
 def draw_stages(rows: Sequence[dict], train: int) -> Drawing:
     """The stages of a network in order, the upper `train` of them trained; `rows`: what `account` returns for one picture.
 
@@ -157,25 +162,27 @@ def draw_stages(rows: Sequence[dict], train: int) -> Drawing:
              for k, r in enumerate(rows)]
     most = [max(r[key] for r in rows) / unit for key, unit in (("parameters", 1e3), ("activation_bytes", 1e6), ("multiply_adds", 1e6 / 3))]
     body = "".join(_stage_row(32 + 20 * k, r["stage"], k >= n - train, costs[k], most) for k, r in enumerate(rows))
-    heads = "".join(_write(x, 18, name, "start", 'font-weight="bold"') for name, x in _COSTS) + _write(118, 18, "stage, input first", "end", 'font-weight="bold"')
+    heads = "".join(_write(x, 18, name, side, 'font-weight="bold"') for name, x, side in (("stage, input first", 118, "end"), *((*c, "start") for c in _COSTS)))
     text = _stage_text(rows, train)
     return Drawing(_svg(40 + 20 * n, heads + body, text), text)
 
-# %% ../nbs/a2_widgets.ipynb #8eebd79e
+# %% ../nbs/a2_widgets.ipynb #194b8afe
 def _stage_text(rows: Sequence[dict], train: int) -> str:
-    t, whole, n = stage_totals(rows, train), stage_totals(rows, len(rows)), len(rows)
-    who = {train: f"The upper {train} of {n} stages train, from {rows[n - train]['stage']} on", 1: f"Only the last of {n} stages, {rows[-1]['stage']}, trains",
-           n: f"All {n} stages train"}[train]
-    return (f"{who}: {_figure(t['parameters'] / 1e3)} thousand parameters "
-            f"({t['parameters'] / whole['parameters']:.0%} of all), {_figure(t['megabytes'])} MB of activations kept for each picture of a batch ({t['megabytes'] / whole['megabytes']:.0%}), "
-            f"{t['operations']:.0%} of the operations of training all" + (f", {t['cached']:.0%} where what the frozen stages put out is kept." if train < n else "."))
+    t, whole, n = _totals(rows, train), _totals(rows, len(rows)), len(rows)
+    lowest, highest = rows[n - train]["stage"], rows[-1]["stage"]
+    who = {train: f"The upper {train} of {n} stages train, from {lowest} on", 1: f"Only the last of {n} stages, {highest}, trains", n: f"All {n} stages train"}[train]
+    part = {k: _percent(t[k] / whole[k]) for k in t}
+    say = (f"{who}: {_figure(t['parameters'] / 1e3)} thousand parameters ({part['parameters']} of all), {_figure(t['megabytes'])} MB of activations kept "
+           f"for each picture of a batch ({part['megabytes']}), {part['operations']} of the operations of training all")
+    return say + (f", {part['cached']} where what the frozen stages put out is kept." if train < n else ".")
 
+# %% ../nbs/a2_widgets.ipynb #00aa77fb
 def _svg(height: float, inside: str, text: str, role: str = "img") -> str:
     "A sheet 720 wide; the title is what a screen reader says."
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height:.0f}" width="720" role="{role}" font-family="sans-serif" font-size="13" '
             f'fill="#222"><title>{_clean(text)}</title><rect width="100%" height="100%" fill="white"/>{inside}</svg>')
 
-# %% ../nbs/a2_widgets.ipynb #524f7687
+# %% ../nbs/a2_widgets.ipynb #bc6e1f13
 _WIDE = {"description_width": "9em"}
 
 def _wired(draw: Callable[[], Drawing], controls: Sequence[Any]):
@@ -187,7 +194,7 @@ def _wired(draw: Callable[[], Drawing], controls: Sequence[Any]):
     redraw()
     return w.VBox([*controls, view])
 
-# %% ../nbs/a2_widgets.ipynb #c2ee294a
+# %% ../nbs/a2_widgets.ipynb #8c1100e8
 def stage_explorer(backbone: Backbone, size: int | None = None, train: int = 1, live: bool | None = None):
     """A slider for the number of stages, from the top, that train, wired to `draw_stages`: an `ipywidgets.VBox`.
 
@@ -199,40 +206,45 @@ def stage_explorer(backbone: Backbone, size: int | None = None, train: int = 1, 
     slider = w.IntSlider(train, min=1, max=len(rows), description="stages that train", style=_WIDE, layout={"width": "34em"})
     return _wired(lambda: draw_stages(rows, slider.value), [slider])
 
-# %% ../nbs/a2_widgets.ipynb #0f47f006
+# %% ../nbs/a2_widgets.ipynb #d9f4f4d9
 def _nice(most: float) -> list[float]:
     "Three to six round numbers from 0 to at least `most`, evenly apart."
     unit = 10 ** math.floor(math.log10(most))
     step = next(s * unit for s in (.2, .5, 1, 2) if most / (s * unit) <= 5)
     return [step * k for k in range(math.ceil(most / step - 1e-9) + 1)]
 
-# %% ../nbs/a2_widgets.ipynb #97c10665
+# %% ../nbs/a2_widgets.ipynb #60c59e6f
+def _tick(v: float) -> str: return f"{v:.0e}".replace("e-0", "e-") if 0 < v < 1e-3 else f"{v:g}"
+
+# %% ../nbs/a2_widgets.ipynb #dc6a4240
 def _panel(box: tuple[float, float, float, float], x_most: float, ticks: tuple[Sequence[float], Sequence[float]], labels: tuple[str, str]):
     "(x, y, svg): functions from values to places inside `box` (left, top, width, height), and the axes around it."
     left, top, width, height = box
     def x(v): return left + width * v / (x_most or 1)
     def y(v): return top + height * (1 - v / ticks[1][-1])
-    lines = "".join(f'<path d="M{left} {y(v):.1f}h{width}" stroke="#ddd"/>' + _write(left - 6, y(v) + 4, f"{v:g}" if v < 1e5 and not 0 < v < 1e-3 else f"{v:.0e}".replace("e-0", "e-"), "end") for v in ticks[1])
+    lines = "".join(f'<path d="M{left} {y(v):.1f}h{width}" stroke="#ddd"/>' + _write(left - 6, y(v) + 4, _tick(v), "end") for v in ticks[1])
     marks = "".join(f'<path d="M{x(v):.1f} {top + height}v5" stroke="#444"/>' + _write(x(v), top + height + 18, f"{v:g}") for v in ticks[0])
     words = _write(left + width / 2, top + height + 36, labels[0]) + _write(left - 40, top - 10, labels[1], "start", 'font-weight="bold"')
     return x, y, lines + marks + words + f'<path d="M{left} {top + height}h{width}" stroke="#444"/>'
 
+# %% ../nbs/a2_widgets.ipynb #286e151f
 def _line(points: Sequence[tuple[float, float]], colour: str, more: str = "") -> str:
     return '<path d="M' + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) + f'" fill="none" stroke="{colour}" stroke-width="2" {more}/>' if points else ""
 
-# %% ../nbs/a2_widgets.ipynb #b4ad5310
-def draw_schedule(name: str = "cosine", steps: int = 100, bases: Sequence[float] = (3e-4,), warmup: float = .1, names: Sequence[str] | None = None) -> Drawing:
+# %% ../nbs/a2_widgets.ipynb #9f16c702
+def draw_schedule(name: str = "cosine", steps: int = 100, bases: Sequence[float] = (3e-4,), warmup: float = .1,
+                  names: Sequence[str] | None = None) -> Drawing:
     """Rate by step for groups with the rates `bases` at factor 1, the highest first; takes and raises what `rate_table` does."""
     if not len(bases) or min(bases) <= 0: raise SFTError(f"rates {list(bases)}: give one or more, each above 0.")
     table, names = rate_table(name, steps, bases, warmup), names or [f"group {k}" for k in range(1, len(bases) + 1)]
-    marks = [round(k * (steps - 1) / 4) for k in range(5)] if steps > 5 else range(steps)
+    marks = range(0, steps, max(1, round(_nice(max(steps - 1, 1))[1])))
     x, y, axes = _panel((66, 34, 500, 220), max(steps - 1, 1), (marks, _nice(max(bases))), ("step", "rate"))
     shades = _shades(len(bases))
-    lines = "".join(_line([(x(t), y(v)) for t, v in enumerate(column)] * (2 if steps == 1 else 1), c) for column, c in reversed(list(zip(table.T, shades))))
+    lines = "".join(_line([(x(t), y(v)) for t, v in enumerate(table[:, k])], shades[k]) for k in reversed(range(len(bases))))
     text = _schedule_text(name, table)
     return Drawing(_svg(300, axes + lines + _legend(names, bases, shades), text), text)
 
-# %% ../nbs/a2_widgets.ipynb #70d6c150
+# %% ../nbs/a2_widgets.ipynb #858618fa
 def _shades(n: int) -> list[str]:
     "n colours from a dark orange, of the head, to a light one."
     dark, light = (140, 80, 0), (250, 205, 120)
@@ -245,45 +257,57 @@ def _legend(names: Sequence[str], bases: Sequence[float], shades: Sequence[str],
     return "".join(f'<path d="M584 {44 + 18 * k}h18" stroke="{c}" stroke-width="4"/>' + _write(608, 48 + 18 * k, _cut(n, 9), "start")
                    + (_write(714, 48 + 18 * k, f"{b:.1e}".replace("e-0", "e-"), "end") if b else "") for k, (n, b, c) in enumerate(rows))
 
-# %% ../nbs/a2_widgets.ipynb #adfd5cae
+# %% ../nbs/a2_widgets.ipynb #1da69fd3
 def _schedule_text(name: str, table: Any) -> str:
-    head, n = table[:, 0], table.shape[1]
-    top, last = int(head.argmax()), len(head) - 1
-    say = f"{name}, {len(head)} steps: the rate of the {'head' if n > 1 else 'network'} starts at {head[0]:.1e}, is highest at step {top} with {head[top]:.1e}, and ends at {head[last]:.1e}."
+    head, n, top = table[:, 0], table.shape[1], int(table[:, 0].argmax())
+    say = (f"{name}, {len(head)} steps: the rate of the {'head' if n > 1 else 'network'} starts at {head[0]:.1e}, is highest at step {top} "
+           f"with {head[top]:.1e}, and ends at {head[-1]:.1e}.")
     if n == 1: return say
     return say + f" The lowest of {n} stages has {table[top, -1] / head[top]:.2g} of that at every step, at most {table[top, -1]:.1e}."
 
-# %% ../nbs/a2_widgets.ipynb #fdf2c00f
+# %% ../nbs/a2_widgets.ipynb #4da05c70
 def schedule_explorer(stages: int = 6, live: bool | None = None):
-    "Controls for name, steps, warm-up, peak rate and decay by depth, wired to `draw_schedule` for `stages` stages that train; live: as in `logits_widget`."
+    """Controls for name, steps, warm-up, peak rate and decay by depth, wired to `draw_schedule` for the head and the `stages` - 1 stages
+    below it: an `ipywidgets.VBox`; live: as in `logits_widget`."""
     names = ["head", *(f"{k} below" for k in range(1, stages))]
     def draw(name, steps, warmup, peak, decay): return draw_schedule(name, steps, [peak * decay**k for k in range(stages)], warmup, names)
     if not (kernel_runs() if live is None else live): return draw("cosine", 100, .1, 3e-4, .6)
-    import ipywidgets as w
-    how = {"style": _WIDE, "layout": {"width": "34em"}}
-    controls = [w.Dropdown(options=list(SCHEDULES), value="cosine", description="schedule", **how), w.IntSlider(100, min=10, max=400, step=10, description="steps", **how),
-                w.FloatSlider(.1, min=0, max=.9, step=.05, description="warm-up, share", **how),
-                w.FloatLogSlider(3e-4, min=-5, max=-1, step=.1, readout_format=".1e", description="peak rate", **how),
-                w.FloatSlider(.6, min=.3, max=1, step=.05, description="decay by depth", **how)]
+    controls = _rate_controls()
     return _wired(lambda: draw(*(c.value for c in controls)), controls)
 
-# %% ../nbs/a2_widgets.ipynb #22d4c580
+# %% ../nbs/a2_widgets.ipynb #48282a30
+def _rate_controls() -> list:
+    import ipywidgets as w
+    how = {"style": _WIDE, "layout": {"width": "34em"}}
+    return [w.SelectionSlider(options=list(SCHEDULES), value="cosine", description="schedule", **how),
+            w.IntSlider(100, min=10, max=400, step=10, description="steps", **how),
+            w.FloatSlider(.1, min=0, max=.9, step=.05, description="warm-up, share", **how),
+            w.FloatLogSlider(3e-4, min=-5, max=-1, step=.1, readout_format=".1e", description="peak rate", **how),
+            w.FloatSlider(.6, min=.3, max=1, step=.05, description="decay by depth", **how)]
+
+# %% ../nbs/a2_widgets.ipynb #c36b85ad
 ORDERS = ("least sure first", "surest first", "as they come")
 
+def _check_choices(classes: Sequence[str], **given) -> None:
+    for what, value in given.items():
+        allowed = {"which": ("all", "right", "wrong"), "order": ORDERS}.get(what, (None, *classes))
+        if value not in allowed: raise SFTError(f"{what} = {value!r}: use one of {', '.join(map(str, allowed[:8]))}{', …' * (len(allowed) > 8)}.")
+
+# %% ../nbs/a2_widgets.ipynb #ebe02d08
 def sift(e: Evaluation, truth: str | None = None, said: str | None = None, which: str = "all", order: str = ORDERS[0]) -> np.ndarray:
-    """Indices of the pictures of class `truth` that were taken for class `said` (None: any), `which` of them, `all`, `right` or `wrong`, in that `order`.
+    """Indices of the pictures of class `truth` that were taken for class `said` (None: any): `which` of them, `all`, `right` or `wrong`,
+    in that `order`, one of ORDERS.
 
     Raises `SFTError` for what is not a class of `e`, or none of the choices.
     """
-    for what, value, allowed in (("truth", truth, (None, *e.classes)), ("said", said, (None, *e.classes)), ("which", which, ("all", "right", "wrong")), ("order", order, ORDERS)):
-        if value not in allowed: raise SFTError(f"{what} = {value!r}: use one of {', '.join(map(str, allowed[:8]))}{', …' * (len(allowed) > 8)}.")
+    _check_choices(e.classes, truth=truth, said=said, which=which, order=order)
     keep = np.ones(len(e), bool) if which == "all" else e.right == (which == "right")
     if truth is not None: keep &= e.labels == e.classes.index(truth)
     if said is not None: keep &= e.predictions == e.classes.index(said)
     rows = np.flatnonzero(keep)
     return rows if order == ORDERS[2] else rows[np.argsort(e.confidence[rows] * (1 if order == ORDERS[0] else -1), kind="stable")]
 
-# %% ../nbs/a2_widgets.ipynb #00ba1039
+# %% ../nbs/a2_widgets.ipynb #06c4d8f7
 def _thumbnail(x: np.ndarray, side: int = 112) -> str:
     "A picture uint8 (s, s, 3), at most `side` wide, as a data address: it stands inside the drawing and needs no file."
     file, image = BytesIO(), Image.fromarray(np.ascontiguousarray(x))
@@ -291,56 +315,66 @@ def _thumbnail(x: np.ndarray, side: int = 112) -> str:
     image.save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
-def _photo(k: int, e: Evaluation, i: int, said: int, sure: float, x: np.ndarray) -> str:
-    "Picture i at place k of six columns: what it is, and whether the network said so, in words, a sign and a colour."
-    left, top, truth, right = 6 + 119 * (k % 6), 8 + 164 * (k // 6), e.classes[e.labels[i]], said == e.labels[i]
-    verdict = f"✓ right, {sure:.2f}" if right else f"✗ {_cut(e.classes[said], 11)}, {sure:.2f}"
-    alt = f"{e.paths[i]}: {truth}, {'rightly' if right else 'wrongly'} taken for {e.classes[said]} with probability {sure:.2f}"
-    frame = f'<rect x="{left - 1.5:.1f}" y="{top - 1.5:.1f}" width="115" height="115" fill="none" stroke="{GREEN if right else ORANGE}" stroke-width="3"/>'
-    return (f'<g role="img" aria-label="{_clean(alt)}"><title>{_clean(alt)}</title><image x="{left}" y="{top}" width="112" height="112" href="{_thumbnail(x)}"/>{frame}'
-            + _write(left, top + 129, _cut(truth, 16), "start", 'font-weight="bold" font-size="12"') + _write(left, top + 145, verdict, "start", 'font-size="12"') + "</g>")
+# %% ../nbs/a2_widgets.ipynb #11ddd605
+def _photo(k: int, e: Evaluation, x: np.ndarray) -> str:
+    "Picture k of a page, at its place in six columns: what it is, and whether the network said so, in words, a sign and a colour."
+    left, top, right, sure = 6 + 119 * (k % 6), 8 + 164 * (k // 6), e.right[k], e.confidence[k]
+    truth, said, colour = e.classes[e.labels[k]], e.classes[e.predictions[k]], GREEN if right else ORANGE
+    alt = _clean(f"{e.paths[k]}: {truth}, {'rightly' if right else 'wrongly'} taken for {said} with probability {sure:.2f}")
+    image = f'<image x="{left}" y="{top}" width="112" height="112" href="{_thumbnail(x)}"/>'
+    frame = f'<rect x="{left - 1.5:.1f}" y="{top - 1.5:.1f}" width="115" height="115" fill="none" stroke="{colour}" stroke-width="3"/>'
+    words = (_write(left, top + 129, _cut(truth, 16), "start", 'font-weight="bold" font-size="12"')
+             + _write(left, top + 145, f"✓ right, {sure:.2f}" if right else f"✗ {_cut(said, 11)}, {sure:.2f}", "start", 'font-size="12"'))
+    return f'<g role="img" aria-label="{alt}"><title>{alt}</title>{image}{frame}{words}</g>'
 
-# %% ../nbs/a2_widgets.ipynb #cae5444a
+# %% ../nbs/a2_widgets.ipynb #85417931
 def draw_pictures(e: Evaluation, pixels: np.ndarray, rows: Sequence[int], page: int = 1, what: str = "pictures", per_page: int = 12) -> Drawing:
     "A page of those of `rows` of an evaluation, whose `pixels` are uint8 (n, s, s, 3): each with its label, the prediction and its probability."
-    if len(pixels) != len(e): raise SFTError(f"browse: {len(pixels)} pictures and an evaluation of {len(e)}; give the pictures that were evaluated, in the same order.")
-    here, said, sure = list(rows)[(page - 1) * per_page:page * per_page], e.predictions, e.confidence
-    photos = "".join(_photo(k, e, i, said[i], sure[i], pixels[i]) for k, i in enumerate(here))
-    if not here: text, photos = f"There are no {what}.", _write(360, 40, f"There are no {what}.")
-    else: text = (f"{(page - 1) * per_page + 1} to {(page - 1) * per_page + len(here)} of {len(rows)} {what}; of those on this page the network got {int(e.right[here].sum())} right. "
-                  f"The first is {e.classes[e.labels[here[0]]]}, taken for {e.classes[said[here[0]]]} with probability {sure[here[0]]:.2f}.")
-    return Drawing(_svg(164 * math.ceil(len(here) / 6) + 4 if here else 70, photos, text, "group"), text)
+    if len(pixels) != len(e):
+        raise SFTError(f"browse: {len(pixels)} pictures and an evaluation of {len(e)}; give the pictures that were evaluated, in the same order.")
+    skip = (page - 1) * per_page
+    here = np.asarray(rows, int)[skip:skip + per_page]
+    if not len(here): return Drawing(_svg(70, _write(360, 40, f"There are no {what}."), f"There are no {what}."), f"There are no {what}.")
+    shown = e.take(here)  # the whole evaluation may be large: only what is on the page is judged
+    photos = "".join(_photo(k, shown, pixels[i]) for k, i in enumerate(here))
+    text = f"{skip + 1} to {skip + len(here)} of {len(rows)} {what}; of those on this page the network got {int(shown.right.sum())} right. {_first(shown)}"
+    return Drawing(_svg(164 * math.ceil(len(here) / 6) + 4, photos, text, "group"), text)
 
-# %% ../nbs/a2_widgets.ipynb #73b788d4
+def _first(e: Evaluation) -> str:
+    return f"The first is {e.classes[e.labels[0]]}, taken for {e.classes[e.predictions[0]]} with probability {e.confidence[0]:.2f}."
+
+# %% ../nbs/a2_widgets.ipynb #04b0f754
 def browse(found: Result | Evaluation, pixels: np.ndarray | None = None, live: bool | None = None):
     """Controls for truth, prediction, right or wrong, order and page, wired to `sift` and `draw_pictures`: an `ipywidgets.VBox`.
 
     found: a `Result` that was just fitted, which knows its test pictures, or an `Evaluation` with its `pixels`, uint8 (n, s, s, 3).
     live: as in `logits_widget`; without a kernel the mistakes are drawn. Raises `SFTError` where the pictures are missing.
     """
-    e, pixels = (found, pixels) if isinstance(found, Evaluation) else (getattr(found, "test", None), getattr(found, "pixels", None) if pixels is None else pixels)
-    if e is None or pixels is None: raise SFTError("browse: there are no pictures to show; give a Result of fine_tune, or an Evaluation and its pixels.")
+    e, pixels = (found, pixels) if isinstance(found, Evaluation) else (found.test, found.pixels if pixels is None else pixels)
+    if e is None or pixels is None:
+        raise SFTError("browse: there are no pictures to show; give a Result of fine_tune, or an Evaluation and its pixels.")
     if not (kernel_runs() if live is None else live): return draw_pictures(e, pixels, sift(e, which="wrong"), what="wrong pictures, least sure first")
-    truth, said, which, order, page = controls = _browse_controls(e.classes)
-    chosen: dict[tuple, np.ndarray] = {}
+    *_, which, order, page = controls = _browse_controls(e.classes)
+    kept = lru_cache(lambda *choices: sift(e, *choices))
     def rows():
-        key = tuple(c.value for c in controls[:4])
-        if key not in chosen: chosen[key] = sift(e, *key)
-        return chosen[key]
+        truth, said = (None if c.value < 0 else e.classes[c.value] for c in controls[:2])
+        return kept(truth, said, which.value, order.value)
+    def what(): return f"{'' if which.value == 'all' else which.value + ' '}pictures, {order.value}"
     def turn_back(_=None): page.max, page.value = max(1, math.ceil(len(rows()) / 12)), 1
     for control in controls[:4]: control.observe(turn_back, "value")
     turn_back()
-    return _wired(lambda: draw_pictures(e, pixels, rows(), page.value, f"{'' if which.value == 'all' else which.value + ' '}pictures, {order.value}"), controls)
+    return _wired(lambda: draw_pictures(e, pixels, rows(), page.value, what()), controls)
 
-# %% ../nbs/a2_widgets.ipynb #e0ed7ac7
+# %% ../nbs/a2_widgets.ipynb #187bf4c0
 def _browse_controls(classes: Sequence[str]) -> list:
     import ipywidgets as w
-    how, names = {"style": _WIDE, "layout": {"width": "34em"}}, [("any class", None), *((_plain(c), c) for c in classes)]
-    return [w.Dropdown(options=names, description="label", **how), w.Dropdown(options=names, description="prediction", **how),
-            w.ToggleButtons(options=["all", "right", "wrong"], value="wrong", description="show", style=_WIDE), w.Dropdown(options=ORDERS, description="order", **how),
-            w.IntSlider(1, min=1, max=1, description="page", **how)]
+    how, names = {"style": _WIDE, "layout": {"width": "34em"}}, [("any class", -1), *((_plain(c), k) for k, c in enumerate(classes))]
+    buttons = {"style": {**_WIDE, "button_width": "7em"}, "layout": {"width": "40em"}}
+    return [w.SelectionSlider(options=names, description="label", **how), w.SelectionSlider(options=names, description="prediction", **how),
+            w.ToggleButtons(options=["all", "right", "wrong"], value="wrong", description="show", **buttons),
+            w.SelectionSlider(options=ORDERS, description="order", **how), w.IntSlider(1, min=1, max=1, description="page", **how)]
 
-# %% ../nbs/a2_widgets.ipynb #062afe3c
+# %% ../nbs/a2_widgets.ipynb #17bd9f12
 def _finite(row: dict, key: str) -> float | None:
     "The number under a key of a history's row, or None; a history that was read from a file holds text."
     try: return float(row[key]) if math.isfinite(float(row[key])) else None
@@ -351,37 +385,41 @@ def _series(history: Sequence[dict], key: str) -> list[tuple[int, float]]:
 
 def _name_phase(train: Any) -> str: return {"head": "head", "all": "all stages"}.get(str(train), f"upper {train}")
 
-# %% ../nbs/a2_widgets.ipynb #64ffc86f
+# %% ../nbs/a2_widgets.ipynb #1eecfc50
 def draw_history(history: Sequence[dict]) -> Drawing:
     "Loss and accuracy after each epoch of a fit; `history`: rows with `phase`, `train`, `epoch`, `train_loss`, `val_loss` and `val_accuracy`."
     if not history: return Drawing(_svg(60, _write(360, 34, "No epoch has ended yet."), "No epoch has ended yet."), "No epoch has ended yet.")
     train, held, right = (_series(history, k) for k in ("train_loss", "val_loss", "val_accuracy"))
     last = len(history) - 1
-    marks = sorted({round(k * last / min(last, 5)) for k in range(6)}) if last else [0]
+    marks = range(0, last + 1, max(1, math.ceil(last / 7)))
     def panel(left, most, label): return _panel((left, 50, 280, 180), max(last, 1), ([], _nice(most)), ("epoch, of all phases", label))
     x, y, axes = panel(52, max([v for _, v in train + held], default=0) or 1, "loss (nats)")
     u, v, more = panel(420, 1, "accuracy")
     numbers = "".join(_write(f(i), 248, str(i + 1)) for f in (x, u) for i in marks)
     curves = _curve(train, x, y, TRAINED, "5 3") + _curve(held, x, y, FROZEN) + _curve(right, u, v, FROZEN)
     text = _history_text(history, train, held, right)
-    return Drawing(_svg(280, axes + more + numbers + _phases(history, (x, u)) + curves + _HISTORY_KEY, text), text)
+    return Drawing(_svg(280, axes + more + numbers + curves + _phases(history, (x, u)) + _HISTORY_KEY, text), text)
 
-# %% ../nbs/a2_widgets.ipynb #2503ec88
+# %% ../nbs/a2_widgets.ipynb #60905202
 _HISTORY_KEY = (f'<path d="M160 36h24" stroke="{TRAINED}" stroke-width="2" stroke-dasharray="5 3"/>' + _write(190, 40, "training", "start")
                 + f'<path d="M256 36h24" stroke="{FROZEN}" stroke-width="2"/>' + _write(286, 40, "held back", "start"))
 
 def _curve(points: Sequence[tuple[int, float]], x: Callable, y: Callable, colour: str, dashes: str = "") -> str:
     "A line and its points."
     at = [(x(i), y(v)) for i, v in points]
-    return _line(at, colour, f'stroke-dasharray="{dashes}"' * bool(dashes)) + "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{colour}"/>' for a, b in at)
+    dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{colour}"/>' for a, b in at)
+    return _line(at, colour, f'stroke-dasharray="{dashes}"' * bool(dashes)) + dots
 
+# %% ../nbs/a2_widgets.ipynb #ac7f3478
 def _phases(history: Sequence[dict], scales: Sequence[Callable]) -> str:
     "A dotted line where a phase begins, with what trains in it."
     starts = [i for i, r in enumerate(history) if not i or r.get("phase") != history[i - 1].get("phase")]
-    return "".join((f'<path d="M{x(i - .5):.1f} 50v180" stroke="#888" stroke-dasharray="2 3"/>' if i else "")
-                   + _write(x(max(i - .5, 0)) + 4, 64, _name_phase(history[i].get("train")), "start", 'font-size="11" fill="#555"') for i in starts for x in scales)
+    halo = 'font-size="11" fill="#555" paint-order="stroke" stroke="white" stroke-width="4"'  # words stay readable where a line crosses them
+    def line(x, i): return f'<path d="M{x(i - .5):.1f} 50v180" stroke="#888" stroke-dasharray="2 3"/>' if i else ""
+    def name(x, i, k): return _write(x(max(i - .5, 0)) + 4, 62 + 13 * (k % 3), _name_phase(history[i].get("train")), "start", halo)
+    return "".join(line(x, i) + name(x, i, k) for k, i in enumerate(starts) for x in scales)
 
-# %% ../nbs/a2_widgets.ipynb #41259380
+# %% ../nbs/a2_widgets.ipynb #c217de32
 def _history_text(history: Sequence[dict], train: list, held: list, right: list) -> str:
     r = history[-1]
     say = f"Phase {r.get('phase')} ({_name_phase(r.get('train'))}), epoch {r.get('epoch')}: "
@@ -391,9 +429,10 @@ def _history_text(history: Sequence[dict], train: list, held: list, right: list)
     best = max(right, key=lambda p: p[1])
     return say + f" Accuracy on held-back pictures is {right[-1][1]:.3f}, at best {best[1]:.3f} after epoch {best[0] + 1} of all {len(history)}."
 
-# %% ../nbs/a2_widgets.ipynb #facbd333
+# %% ../nbs/a2_widgets.ipynb #a674d072
 class LiveCurve:
-    "Give it to `fine_tune` as `watch`: it draws the curve of the fit after every epoch, in one place, where a notebook's kernel runs. `drawing`: the last one."
+    """Give it to `fine_tune` as `watch`: it draws the curve of the fit after every epoch, in one place, where a notebook's kernel runs.
+    `drawing` is the last one."""
 
     def __init__(self, live: bool | None = None):
         self.live, self.drawing, self._place = kernel_runs() if live is None else live, draw_history([]), None

@@ -1,7 +1,13 @@
 "The command line as a stranger meets it: one sentence for what is wrong, never a traceback."
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import draw
@@ -67,9 +73,18 @@ def test_a_backbone_that_nobody_knows(cli, tmp_path, stripes):
     assert "there is no backbone 'resnet5'" in sentence(cli("fit", "stripes", "--backbone", "resnet5", cwd=tmp_path))
 
 
-def test_a_wrong_option_is_wrong_usage(cli, tmp_path, stripes):
-    done = cli("fit", "stripes", "--sede", "1", cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "--seed" in done.stderr
+@pytest.mark.parametrize("args, said", [
+    (("fit", "stripes", "--sede", "1"), "--seed"),
+    (("fitt", "stripes"), "fit"),
+    (("fit",), "DIR"),
+    (("fit", "stripes", "--seed", "x"), "--seed"),
+    (("predict", "stripes"), "FILE"),
+    (("frobnicate",), "frobnicate"),
+    (("--versoin",), "--versoin"),
+])
+def test_wrong_usage_is_one_sentence_and_status_2(cli, tmp_path, stripes, args, said):
+    line = sentence(cli(*args, cwd=tmp_path), 2)
+    assert said in line.split("ee: ")[0] and line.endswith("--help")
 
 
 def test_out_that_is_no_artifact_is_never_overwritten(cli, tmp_path, stripes):
@@ -83,10 +98,33 @@ def test_predict_with_something_else_than_an_artifact(cli, tmp_path, stripes):
     assert "not an artifact" in sentence(cli("predict", "stripes", "stripes/waves/00.jpg", cwd=tmp_path))
 
 
-@pytest.mark.parametrize("command", [(), ("fit",), ("demo",), ("predict",)])
-def test_help(cli, command):
-    done = cli(*command, "--help")
-    assert done.returncode == 0 and "Usage" in done.stdout
+@pytest.mark.parametrize("command", ["", "demo", "fit", "check", "predict", "evaluate", "backbones", "notebooks"])
+def test_help_has_an_example(cli, command):
+    done = cli(*command.split(), "--help")
+    assert done.returncode == 0 and "Usage" in done.stdout and f"sft-course {command or 'fit'}" in done.stdout.split("Example")[1]
+
+
+def test_without_arguments_it_is_the_help(cli):
+    done = cli()
+    assert done.returncode == 0 and "evaluate" in done.stdout and not done.stderr
+
+
+# ---- completion
+
+def test_completion_completes(cli):
+    env = os.environ | {"_SFT_COURSE_COMPLETE": "complete_bash", "COMP_WORDS": "sft-course ev", "COMP_CWORD": "1"}
+    assert cli(env=env).stdout.split() == ["evaluate"]
+    env |= {"COMP_WORDS": "sft-course fit --res", "COMP_CWORD": "2"}
+    assert cli(env=env).stdout.split() == ["--resume"]
+
+
+@pytest.mark.parametrize("shell, file", [("bash", ".bashrc"), ("zsh", ".zshrc"), ("fish", ".config/fish/completions/sft-course.fish")])
+def test_completion_installs_itself(cli, tmp_path, shell, file):
+    env = os.environ | {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = cli("--install-completion", shell, env=env)
+    assert done.returncode == 0, done.stderr
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert tmp_path / file in written and any("_SFT_COURSE_COMPLETE" in p.read_text() for p in written)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +141,7 @@ def fitted(cli, tmp_path_factory):
 
 
 def test_fit_names_what_it_leaves_out_and_goes_on(fitted):
-    _, done = fitted
+    place, done = fitted
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert {(p["path"], p["kind"]) for p in told["problems"]} == {
@@ -112,6 +150,8 @@ def test_fit_names_what_it_leaves_out_and_goes_on(fitted):
     assert set(told) >= {"accuracy", "head_accuracy", "n_train", "n_val", "classes", "problems", "seconds", "phases", "artifact"}
     assert told["accuracy"] >= .75
     assert "stripes/broken.jpg" in done.stdout
+    assert (place / "data-model" / "report.html").is_file() and "open data-model/report.html" in done.stdout
+    assert told["notes"] == [] and told["report"] == "data-model/report.html"
 
 
 def test_no_progress_bar_in_a_pipe(fitted):
@@ -135,7 +175,6 @@ def test_predict_names_the_file_that_cannot_be_read(fitted, cli):
 
 def test_same_seed_same_bytes_with_and_without_the_caches(fitted, cli, tmp_path):
     place, first = fitted
-    import os
     again = cli("fit", "data", *EASY, "--out", "again", "--json", cwd=place, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
     one, two = (json.loads(d.stdout.splitlines()[-1]) for d in (first, again))
     assert one["accuracy"] == two["accuracy"]
@@ -153,3 +192,162 @@ def test_demo_runs_on_what_the_nearest_settings_file_says(cli, tmp_path, stripes
     assert "settings.ini: [course] dataset = " in sentence(cli("demo", cwd=tmp_path))
     (tmp_path / "settings.ini").write_text("[course]\ndataset = stripes\nbackbone = resnet5\n")
     assert "settings.ini: [course] backbone = resnet5: there is no backbone 'resnet5'" in sentence(cli("demo", cwd=tmp_path))
+
+
+# ---- evaluate
+
+def test_evaluate_matches_classes_by_name(fitted, cli, tmp_path):
+    place, _ = fitted
+    other = draw(tmp_path / "other", ("stripes", "waves"), n=5, seed=7)
+    shutil.rmtree(other / "stripes")  # now waves is class 0 of the folder, and class 1 of the network
+    (other / "waves" / "broken.jpg").write_text("no picture")
+    done = cli("evaluate", "data-model", other, "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["n"] == 5 and told["accuracy"] >= .8 and told["classes"] == ["stripes", "waves"] and told["split"] == "all"
+    assert told["interval"][0] < told["accuracy"] <= told["interval"][1] == 1 or told["accuracy"] < 1
+    stripes, waves = told["per_class"]
+    assert (stripes["pictures"], stripes["recall"], waves["pictures"]) == (0, None, 5) and waves["recall"] == told["accuracy"]
+    assert "note: waves/broken.jpg" in done.stdout and "no picture of 'stripes'" in done.stdout
+    assert told["report"] == "data-model/report-other.html"
+    page = (place / "data-model" / "report-other.html").read_text()
+    assert page.startswith("<!doctype html>") and "of 5 test pictures" in page and "broken.jpg" in page
+
+
+def test_evaluate_uses_the_split_that_is_there_and_says_when_it_was_learned_from(fitted, cli, tmp_path):
+    place, _ = fitted
+    draw(tmp_path / "split" / "train", n=3)
+    draw(tmp_path / "split" / "val", n=2, seed=1)
+    def ask(*more):
+        done = cli("evaluate", "data-model", tmp_path / "split", "--report", tmp_path / "r.html", "--json", *more, cwd=place)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+    assert (ask()["split"], ask()["n"], ask("--split", "all")["n"]) == ("val", 4, 10) and (tmp_path / "r.html").is_file()
+    wrong = cli("evaluate", "data-model", tmp_path / "split", "--split", "test", cwd=place)
+    assert "no such split here; use val, train or all" in sentence(wrong)
+    assert "was fitted on these very pictures" in cli("evaluate", "data-model", "data", cwd=place).stdout
+
+
+def test_evaluate_refuses_classes_that_the_network_does_not_know(fitted, cli, tmp_path):
+    place, _ = fitted
+    draw(tmp_path / "new", ("Waves", "spots"), n=2)
+    line = sentence(cli("evaluate", "data-model", tmp_path / "new", cwd=place))
+    assert "new: 'Waves', 'spots' are unknown to data-model, which knows 'stripes', 'waves' (is 'Waves' 'waves'?)" in line
+    assert "not an artifact" in sentence(cli("evaluate", "data", "data", cwd=place))
+    assert "there is no such folder" in sentence(cli("evaluate", "data-model", "gone", cwd=place))
+    (tmp_path / "file").write_text("x")
+    assert "cannot be written" in sentence(cli("evaluate", "data-model", "data", "--report", tmp_path / "file" / "r.html", cwd=place))
+
+
+# ---- backbones and notebooks
+
+def test_backbones_lists_what_fit_takes(cli):
+    found = json.loads(cli("backbones", "resnet5?", "--json").stdout.splitlines()[-1])
+    assert found["torchvision"] == ["resnet50"] and found["bundled"] == []
+    everything = cli("backbones").stdout
+    assert "lite0" in everything and "convnext_tiny" in everything and re.search(r"timm +[0-9]+ more", everything)
+    assert "did you mean resnet50?" in sentence(cli("backbones", "rensnet50"))
+
+
+def test_notebooks_are_copied_and_what_was_changed_is_never_lost(cli, tmp_path):
+    done = cli("notebooks", "course", cwd=tmp_path)
+    assert done.returncode == 0 and "jupyter lab course/nbs/index.ipynb" in done.stdout, done.stderr
+    here, ours = tmp_path / "course", Path(__file__).parent.parent
+    assert {p.name for p in (here / "nbs").iterdir()} == {p.name for p in (ours / "nbs").glob("*.ipynb")}
+    copied = [c for p in (here / "nbs").iterdir() for c in json.loads(p.read_text())["cells"]]
+    for text in ("".join(c["source"]) for c in copied if c["cell_type"] == "markdown"):
+        for target in re.findall(r"\]\((?!http|#)([^)\s]+)\)", text):
+            assert (here / "nbs" / target.split("#")[0]).exists(), target
+    mine, panel = here / "nbs" / "01_data.ipynb", here / "settings.ini"
+    mine.write_text("mine")
+    panel.write_text("[course]\nprofile = full\n")
+    (here / "nbs" / "00_concepts.ipynb").unlink()
+    assert "course: 'nbs/01_data.ipynb' there differs from the course" in sentence(cli("notebooks", "course", cwd=tmp_path))
+    assert mine.read_text() == "mine" and not (here / "nbs" / "00_concepts.ipynb").exists()
+    assert "2 files copied" in cli("notebooks", "course", "--force", cwd=tmp_path).stdout
+    assert mine.read_text() != "mine" and "full" in panel.read_text()
+    (tmp_path / "file").write_text("x")
+    assert "file: cannot be written" in sentence(cli("notebooks", "file", cwd=tmp_path))
+
+
+# ---- stopped, and gone on
+
+@pytest.fixture(scope="module")
+def hard(tmp_path_factory):
+    "Pictures that hold no class at all, so that the head cannot be perfect and there is something to tune."
+    import numpy as np
+    from PIL import Image
+    place, rng = tmp_path_factory.mktemp("hard"), np.random.default_rng(0)
+    for c in ("one", "two", "three"):
+        (place / "noise" / c).mkdir(parents=True)
+        for i in range(40):
+            Image.fromarray(rng.integers(0, 255, (48, 48, 3), np.uint8)).save(place / "noise" / c / f"{i}.png")
+    return place
+
+
+def start(place, *args):
+    command = [Path(sys.executable).parent / "sft-course", *args]
+    return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def stop_when(process, there, number, patience=240):
+    "Send signal `number` when `there()`; what came back."
+    until = time.monotonic() + patience
+    while not there() and process.poll() is None and time.monotonic() < until:
+        time.sleep(.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=patience)
+    return process.returncode, out, err
+
+
+FIT = ("fit", "noise", *EASY, "--seed", "5")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_fit_that_is_stopped_says_how_to_go_on_and_goes_on_to_the_same_bytes(cli, hard, number):
+    out = f"stopped-{number}"
+    args = (*FIT, "--out", out)
+    status, told, said = stop_when(start(hard, *args), (hard / out / "last.ckpt").exists, number)
+    assert status == 128 + number and told == "" and "Traceback" not in said, said
+    last = said.strip().splitlines()[-1]
+    again = f"sft-course {' '.join(args)} --resume"
+    assert last == f"sft-course: stopped; {out}/last.ckpt holds all that was done; go on with: {again}"
+    assert not (hard / out / "card.json").exists()
+    assert "an unfinished run lies there; go on with it by --resume, or give another folder" in sentence(cli(*args, cwd=hard))
+    assert "had other seed" in sentence(cli(*args, "--seed", "6", "--resume", cwd=hard))
+    done = cli(*again.split()[1:], cwd=hard)
+    assert done.returncode == 0, done.stderr
+    if not (hard / "whole" / "card.json").exists():
+        assert cli(*FIT, "--out", "whole", cwd=hard).returncode == 0
+    assert (hard / out / "model.safetensors").read_bytes() == (hard / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_stopped_before_training_it_is_a_sentence_and_nothing_is_half_written(hard, tmp_path, number):
+    process = start(hard, "fit", "noise", "--out", str(tmp_path / "out"), "--image-size", "65")
+    began = time.monotonic()
+    status, told, said = stop_when(process, lambda: time.monotonic() > began + 1.5 or (tmp_path / "out").exists(), number)
+    assert status == 128 + number and told == "" and "Traceback" not in said, said
+    assert said.strip().splitlines()[-1].startswith("sft-course: stopped")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"]
+
+
+def test_resume_without_a_run_to_go_on_with_starts_one(cli, stripes, tmp_path):
+    done = cli("fit", "stripes", *EASY, "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and "holds no run to go on with" in done.stderr
+    assert (tmp_path / "stripes-model" / "card.json").exists()
+
+
+def test_of_many_notes_a_fit_prints_some_and_counts_the_rest(cli, stripes, tmp_path):
+    for i in range(30):
+        (stripes / "waves" / f"{i}.txt").write_text("no picture")
+    done = cli("fit", "stripes", *EASY, "--json", cwd=tmp_path)
+    notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 11 and notes[-1] == "note: … and 20 more; stripes-model/card.json has them all"
+    assert len(json.loads(done.stdout.splitlines()[-1])["problems"]) == 30
+
+
+def test_the_wheel_brings_the_chapters():
+    "`notebooks` looks for them there; tests/wheel_check.sh builds one."
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert '"nbs" = "sft_course/notebooks"' in text and '"images" = "sft_course/notebooks/images"' in text

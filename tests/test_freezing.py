@@ -15,12 +15,21 @@ from sft_course import freezing
 from sft_course.backbones import new_head, open_backbone
 from sft_course.core import SFTError, what_moved
 from sft_course.data import decode_once, plain_view, scan
-from sft_course.freezing import (EveryStage, activations, choose_head, fit_head, fold_batch_norms, lower_code, split_at, stage_features,
-                                 weights_key)
+from sft_course.freezing import (
+    EveryStage,
+    activations,
+    choose_head,
+    fit_head,
+    fold_batch_norms,
+    lower_code,
+    split_at,
+    stage_features,
+    weights_key,
+)
 from sft_course.loop import copy_state, train_epoch
 
-NATIVE = ("vit_b_16", "vit_tiny_patch16_224")  # these take no other size
-FAMILIES = ["lite0", "resnet18", "efficientnet_b0", "mobilenet_v3_small", "convnext_atto", "vit_tiny_patch16_224", "vit_b_16", "swin_t", "densenet121",
+NATIVE = ("vit_tiny_patch16_224",)  # takes no other size
+FAMILIES = ["lite0", "resnet18", "efficientnet_b0", "mobilenet_v3_small", "convnext_atto", "vit_tiny_patch16_224", "swin_t", "densenet121",
             "regnet_y_400mf"]
 NORM = nn.modules.batchnorm._BatchNorm
 
@@ -57,12 +66,11 @@ def family(request):
 
 
 def test_training_a_head_moves_the_head_and_nothing_else(family):
-    b, lower, x, features, _ = family
+    b, _, _, features, _ = family
     _, upper = split_at(b, len(b.stages) - 1)
     before, y = copy_state(b.model), torch.tensor([0, 1, 2])
     sgd = torch.optim.SGD(upper.parameters(), lr=.1, momentum=.9, weight_decay=.1)
-    kept = features if lower is not None else x
-    train_epoch(upper.train(), kept.__getitem__, y, [np.arange(3)] * 2, sgd, lambda step: 1., 0)
+    train_epoch(upper.train(), features.__getitem__, y, [np.arange(3)] * 2, sgd, lambda step: 1., 0)
     head = b.stages[-1].modules[-1]
     assert what_moved(before, b.model.state_dict()) == [f"{head}.weight", f"{head}.bias"]
     b.model.load_state_dict(before)
@@ -197,8 +205,8 @@ def kept(stripes, tmp_path):
     theta, net = plain_view(len(pixels.catalog), .8), nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU())
     lively(net)
 
-    def store(net=net, rows=np.arange(20), cache=tmp_path / "cache", size=32):
-        return activations(net, b, pixels, theta, size, cache, rows)
+    def store(net=net, rows=range(20), cache=tmp_path / "cache", size=32):
+        return activations(net, b, pixels, theta, size, cache, np.array(rows, dtype=np.int64))
     return store, net, pixels, tmp_path / "cache"
 
 
@@ -225,8 +233,9 @@ def test_other_weights_rows_sizes_and_layers_have_other_files(kept):
     assert len(files(cache)) == 6
 
 
-DAMAGE = {"truncated": lambda b: b[:-7], "empty": lambda b: b"", "head only": lambda b: b[:128], "garbage": lambda b: b"x" * len(b),
-          "longer": lambda b: b + b"\0\0", "other rows": lambda b: b.replace(b"(20,", b"(21,"), "other kind": lambda b: b.replace(b"<f2", b"<i2"),
+DAMAGE = {"truncated": lambda b: b[:-7], "empty": lambda b: b"", "head only": lambda b: b[:128],
+          "garbage": lambda b: b"x" * len(b), "longer": lambda b: b + b"\0\0",
+          "other rows": lambda b: b.replace(b"(20,", b"(21,"), "other kind": lambda b: b.replace(b"<f2", b"<i2"),
           "by column": lambda b: b.replace(b"False", b"True ")}
 
 
@@ -247,7 +256,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(kept, monkeypatch):
     def full(*a):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(freezing.os, "fsync", full)
-    with pytest.raises(SFTError, match="activations: activations cannot be kept there .No space left on device.; make room, or set another `cache`"):
+    with pytest.raises(SFTError, match="cannot be kept there .No space left on device.; make room, or set another `cache`"):
         store()
     assert files(cache) == []
 
@@ -371,7 +380,7 @@ def test_the_head_that_the_pictures_ask_for_is_chosen():
     assert not choose_head([near], 10, y, 3).every_stage
     choice = choose_head([far], 10, y, 3)
     assert choice.every_stage and choice.gain > choice.error > 0 and len(choice.scores) == 6
-    assert choice == choose_head(far.half().numpy()[None], 10, y, 3) or choice.every_stage
+    assert choice == choose_head(far[None], 10, y, 3) and choose_head(far.half().numpy()[None], 10, y, 3).every_stage
 
 
 def test_the_scores_are_those_of_plain_cross_validation():
