@@ -34,6 +34,9 @@ test: $(READY) ## exports and README in sync, every notebook, pytest
 test-faults: $(READY) ## bad files, kills, full disks; FAULTS=long tries ten times as many
 	$(BIN)/python -m pytest tests/faults
 
+test-browser: $(READY) ## every chapter, the widgets and the report in Chromium; BROWSER_SHOTS=DIR keeps the pictures
+	$(BIN)/python -m pytest tests/browser
+
 wheel-check: $(READY) ## build the wheel, install it elsewhere, run the demo there
 	bash tests/wheel_check.sh $(PYTHON)
 
@@ -81,4 +84,4 @@ bench-quick: $(BENCH_READY) ## does every peer run at all: a few pictures, one e
 clean: ## take away what was built, but not .venv
 	rm -rf dist build out .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo test test-faults wheel-check lab export readme links save record lint bench bench-quick clean
+.PHONY: help install demo test test-faults test-browser wheel-check lab export readme links save record lint bench bench-quick clean

@@ -8,7 +8,7 @@ __all__ = ['COOLEST', 'HOTTEST', 'Evaluation', 'evaluate', 'wilson', 'confusion'
            'ece_by_luck', 'scaled', 'fit_temperature', 'reliability_figure', 'spatial_layer', 'grad_cam', 'spotlight',
            'nearest', 'Paired', 'mcnemar', 'needed_pictures', 'report_html']
 
-# %% ../nbs/08_evaluation.ipynb #9aab4f6f
+# %% ../nbs/08_evaluation.ipynb #4a0a817e
 import base64, html, math
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from .data import PixelCache, look, plain_view
 from .backbones import Backbone
 from .loop import predict_logits
 
-# %% ../nbs/08_evaluation.ipynb #d1b2fe5a
+# %% ../nbs/08_evaluation.ipynb #8f66a71e
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     "What a network says of n pictures. `classes`: k names; `paths`: n files; `labels`: int64 (n,); `logits`: float32 (n, k)."
@@ -57,7 +57,7 @@ class Evaluation:
         "The same of some of the pictures only, in the order of `rows`."
         return replace(self, paths=[self.paths[i] for i in rows], labels=self.labels[rows], logits=self.logits[rows])
 
-# %% ../nbs/08_evaluation.ipynb #dafdf652
+# %% ../nbs/08_evaluation.ipynb #eabf7899
 def _finite(logits: np.ndarray) -> np.ndarray:
     "float64, with what is not a number below everything: a network that blew up still gets its report."
     return np.nan_to_num(logits.astype(np.float64), nan=-1e30, posinf=1e30, neginf=-1e30)
@@ -66,7 +66,7 @@ def _softmax(z: np.ndarray) -> np.ndarray:
     e = np.exp(z - z.max(1, keepdims=True))
     return e / e.sum(1, keepdims=True)
 
-# %% ../nbs/08_evaluation.ipynb #d8d9459f
+# %% ../nbs/08_evaluation.ipynb #834fb5d8
 def evaluate(backbone: Backbone, pixels: PixelCache, rows: np.ndarray, size: int, classes: Sequence[str] | None = None, device="cpu") -> Evaluation:
     """The `Evaluation` of decoded pictures `rows` at `size` pixels; logits are the mean over the plain view and its mirror image.
 
@@ -87,7 +87,7 @@ def _one_order(folder: tuple[str, ...], network: tuple[str, ...]) -> tuple[tuple
         if c not in network: raise SFTError(f"class {c!r} is none of the network's ({', '.join(network[:6])}{', …' * (len(network) > 6)}); rename or remove it.")
     return network, np.array([network.index(c) for c in folder])
 
-# %% ../nbs/08_evaluation.ipynb #b2153dd1
+# %% ../nbs/08_evaluation.ipynb #325ec759
 def wilson(successes, n, level: float = .95):
     """(low, high) for the share behind `successes` of `n`, numbers or arrays of them; (0, 1) where n is 0. Source: Wilson 1927."""
     s, n, z = np.asarray(successes, float), np.asarray(n, float), NormalDist().inv_cdf((1 + level) / 2)
@@ -95,13 +95,13 @@ def wilson(successes, n, level: float = .95):
     low, high = np.where(s <= 0, 0., middle - half), np.where(s >= n, 1., middle + half)  # there exactly 0 and 1, without rounding
     return (low, high) if low.ndim else (float(low), float(high))
 
-# %% ../nbs/08_evaluation.ipynb #344f8ff8
+# %% ../nbs/08_evaluation.ipynb #852ccb59
 def confusion(e: Evaluation) -> np.ndarray:
     "int64 (k, k): how many pictures of the class of the row were taken for that of the column."
     k = len(e.classes)
     return np.bincount(e.labels * k + e.predictions, minlength=k * k).reshape(k, k)
 
-# %% ../nbs/08_evaluation.ipynb #857f7502
+# %% ../nbs/08_evaluation.ipynb #105f5689
 def confused_pairs(e: Evaluation, most: int = 10):
     "DataFrame of the `most` frequent confusions: `truth`, `taken for`, `pictures`, and their `share` of the pictures of that truth."
     import pandas as pd
@@ -111,7 +111,7 @@ def confused_pairs(e: Evaluation, most: int = 10):
     rows = [(e.classes[i], e.classes[j], wrong[i, j], wrong[i, j] / table[i].sum()) for i, j in (divmod(int(o), len(table)) for o in order)]
     return pd.DataFrame(rows, columns=["truth", "taken for", "pictures", "share"])
 
-# %% ../nbs/08_evaluation.ipynb #ff51ab3e
+# %% ../nbs/08_evaluation.ipynb #fc3852e2
 def confusion_figure(e: Evaluation, most: int = 15):
     "A matplotlib figure: the confusion matrix, or for more than `most` classes the pairs most often confused."
     import matplotlib.pyplot as plt
@@ -129,7 +129,7 @@ def _shades():
     from matplotlib.colors import LinearSegmentedColormap
     return LinearSegmentedColormap.from_list("shades", ["white", PALETTE["frozen"] + "b0"])
 
-# %% ../nbs/08_evaluation.ipynb #63bb2eeb
+# %% ../nbs/08_evaluation.ipynb #f98e3bed
 def _pairs_figure(e: Evaluation):
     import matplotlib.pyplot as plt
     pairs = confused_pairs(e, 15)[::-1]
@@ -138,7 +138,7 @@ def _pairs_figure(e: Evaluation):
     ax.set(xlabel="pictures"); ax.grid(False, axis="y")
     return fig
 
-# %% ../nbs/08_evaluation.ipynb #5f223294
+# %% ../nbs/08_evaluation.ipynb #e9a27367
 def per_class(e: Evaluation):
     """DataFrame, a row a class: `pictures` of it, `recall` (share of them found), `predicted` (pictures taken for it), `precision` (share
     of those that are it), each share with the `low` and `high` end of its 95 % interval; NaN for a share of nothing."""
@@ -149,7 +149,7 @@ def per_class(e: Evaluation):
         with np.errstate(invalid="ignore"): out |= {count: n, share: table.diagonal() / n, f"{share} low": low, f"{share} high": high}
     return pd.DataFrame(out, index=pd.Index(e.classes, name="class"))
 
-# %% ../nbs/08_evaluation.ipynb #7fe5e61c
+# %% ../nbs/08_evaluation.ipynb #b492144c
 def per_class_figure(e: Evaluation):
     "A matplotlib figure: recall and precision of each class with their 95 % intervals, the lowest recall at the top."
     import matplotlib.pyplot as plt
@@ -161,19 +161,19 @@ def per_class_figure(e: Evaluation):
         ax.set(xlabel=share, xlim=(-.02, 1.02)); ax.margins(y=.5 / len(table))
     return fig
 
-# %% ../nbs/08_evaluation.ipynb #e2892706
+# %% ../nbs/08_evaluation.ipynb #7e62911d
 def mistakes(e: Evaluation, k: int = 12) -> np.ndarray:
     "Indices of at most `k` pictures that the network got wrong, the ones it was surest of first."
     wrong = np.flatnonzero(~e.right)
     return wrong[np.argsort(-e.confidence[wrong], kind="stable")][:k]
 
-# %% ../nbs/08_evaluation.ipynb #eefef074
+# %% ../nbs/08_evaluation.ipynb #6e032976
 def centre(pixels: np.ndarray, size: int) -> np.ndarray:
     "The central uint8 (n, size, size, 3) of decoded pictures (n, s, s, 3): what the plain view shows the network."
     margin = (pixels.shape[1] - size) // 2
     return pixels[:, margin:margin + size, margin:margin + size]
 
-# %% ../nbs/08_evaluation.ipynb #a658b810
+# %% ../nbs/08_evaluation.ipynb #c4f1c7e4
 def gallery_figure(pictures: np.ndarray, captions: Sequence[str], columns: int = 6):
     "A matplotlib figure of pictures uint8 (n, s, s, 3) in rows of `columns`, each with its caption above it."
     import matplotlib.pyplot as plt
@@ -185,13 +185,13 @@ def gallery_figure(pictures: np.ndarray, captions: Sequence[str], columns: int =
         ax.set_title(text.replace("$", r"\$"), fontsize=8)
     return fig
 
-# %% ../nbs/08_evaluation.ipynb #eace802b
+# %% ../nbs/08_evaluation.ipynb #6c8ad977
 def captions(e: Evaluation, rows: Iterable[int]) -> list[str]:
     "Of each picture: what it is, what the network says, and how sure it is."
     p, said = e.probabilities, e.predictions
     return [f"{e.classes[e.labels[i]]}\nsaid {e.classes[said[i]]}, {p[i, said[i]]:.3f}" for i in rows]
 
-# %% ../nbs/08_evaluation.ipynb #7f25e590
+# %% ../nbs/08_evaluation.ipynb #6e6cf715
 def reliability(e: Evaluation, bins: int = 10):
     """DataFrame, a row for each of `bins` equal intervals of confidence: its `pictures`, their mean `confidence`, their `accuracy`, and the
     `low` and `high` end of its 95 % interval; NaN where a bin is empty. Source: DeGroot and Fienberg 1983."""
@@ -202,13 +202,13 @@ def reliability(e: Evaluation, bins: int = 10):
     with np.errstate(invalid="ignore"): found = {"pictures": n, "confidence": sure / n, "accuracy": right / n, "low": low, "high": high}
     return pd.DataFrame(found, index=pd.Index(np.arange(bins) / bins, name="from"))
 
-# %% ../nbs/08_evaluation.ipynb #cce28a92
+# %% ../nbs/08_evaluation.ipynb #bf59ca74
 def ece(e: Evaluation, bins: int = 10) -> float:
     "Expected calibration error: |accuracy − confidence| of the bins of `reliability`, averaged over pictures. Source: Naeini et al. 2015."
     r = reliability(e, bins)
     return float((r.pictures * (r.accuracy - r.confidence).abs()).sum() / max(len(e), 1))
 
-# %% ../nbs/08_evaluation.ipynb #79f29f63
+# %% ../nbs/08_evaluation.ipynb #572fbe2d
 def ece_by_luck(e: Evaluation, bins: int = 10, draws: int = 200, seed: int = 0) -> np.ndarray:
     "float64 (draws,): the error that `ece` would show if every confidence were true, so that only luck decides which pictures are right."
     sure, n = e.confidence, max(len(e), 1)
@@ -216,12 +216,12 @@ def ece_by_luck(e: Evaluation, bins: int = 10, draws: int = 200, seed: int = 0) 
     luck = np.random.default_rng(seed).random((draws, len(e))) < sure
     return sum(np.abs((luck - sure)[:, at == b].sum(1)) for b in range(bins)) / n
 
-# %% ../nbs/08_evaluation.ipynb #ad9ab2f7
+# %% ../nbs/08_evaluation.ipynb #9b2a033f
 def scaled(e: Evaluation, temperature: float) -> Evaluation:
     "The same evaluation with every logit divided by `temperature`: above 1 less sure, below 1 surer, the predictions unchanged."
     return replace(e, logits=e.logits / temperature)
 
-# %% ../nbs/08_evaluation.ipynb #01dae69b
+# %% ../nbs/08_evaluation.ipynb #ac52c5f1
 COOLEST, HOTTEST = .05, 20.
 
 def fit_temperature(e: Evaluation) -> float:
@@ -237,7 +237,7 @@ def fit_temperature(e: Evaluation) -> float:
     for _ in range(50): low, high = (low, m) if slope(m := (low * high)**.5) > 0 else (m, high)
     return 1 / (low * high)**.5
 
-# %% ../nbs/08_evaluation.ipynb #13beb9ff
+# %% ../nbs/08_evaluation.ipynb #839e02aa
 def reliability_figure(e: Evaluation, temperature: float | None = None, bins: int = 10):
     "A matplotlib figure: accuracy against confidence with 95 % intervals, as it is and, if given, at a `temperature`."
     import matplotlib.pyplot as plt
@@ -251,7 +251,7 @@ def reliability_figure(e: Evaluation, temperature: float | None = None, bins: in
     ax.set(xlabel="confidence (probability of the predicted class)", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02)); ax.legend(loc="lower right")
     return fig
 
-# %% ../nbs/08_evaluation.ipynb #83091fc2
+# %% ../nbs/08_evaluation.ipynb #b1b28a19
 def _grid(out: Any, batch: int, widest: int) -> torch.Tensor | None:
     "The map (batch, channels, h, w) in what a module returned, be it such a map, (batch, h, w, channels) or tokens; None where there is none."
     if not isinstance(out, torch.Tensor) or not out.is_floating_point() or out.ndim not in (3, 4) or len(out) != batch: return None
@@ -262,7 +262,7 @@ def _grid(out: Any, batch: int, widest: int) -> torch.Tensor | None:
     elif out.shape[1] == out.shape[2] != out.shape[3]: out = out.permute(0, 3, 1, 2)
     return out if 2 <= out.shape[2] == out.shape[3] <= widest else None
 
-# %% ../nbs/08_evaluation.ipynb #1b1b1fde
+# %% ../nbs/08_evaluation.ipynb #9e984565
 @contextmanager
 def _evaluating(model: nn.Module, hooks: dict[str, Any]):
     "Evaluation mode, gradients on, and a forward hook on each named module; afterwards everything is as it was."
@@ -275,7 +275,7 @@ def _evaluating(model: nn.Module, hooks: dict[str, Any]):
         for h in handles: h.remove()
         for m, was in modes: m.training = was
 
-# %% ../nbs/08_evaluation.ipynb #0b4ba6e2
+# %% ../nbs/08_evaluation.ipynb #13cec43e
 def spatial_layer(model: nn.Module, x: torch.Tensor, label: int) -> str:
     """Name of the last module whose output still has places that the logit of `label` depends on; x: one picture (1, 3, s, s).
 
@@ -301,7 +301,7 @@ def _last_that_counts(names: list[str], slopes: Sequence[torch.Tensor | None], w
         if (g := _grid(s, 1, widest)) is not None and g.abs().max() > 0: return name
     raise SFTError("Grad-CAM: no module of this network returns a map of places that the logit depends on; there is nothing to draw.")
 
-# %% ../nbs/08_evaluation.ipynb #436e08b9
+# %% ../nbs/08_evaluation.ipynb #21175501
 def grad_cam(backbone: Backbone, x: torch.Tensor, labels, layer: str | None = None) -> np.ndarray:
     """Where evidence for `labels` lies: float32 (b, s, s) from 0 to 1, for pictures x (b, 3, s, s) as `look` makes them; one label, or b.
 
@@ -310,6 +310,7 @@ def grad_cam(backbone: Backbone, x: torch.Tensor, labels, layer: str | None = No
     """
     y, model, kept = torch.as_tensor(labels).expand(len(x)).to(x.device), backbone.model, []
     layer = layer or spatial_layer(model, x[:1], y[0])
+    if len(x) > 8: return np.concatenate([grad_cam(backbone, *some, layer) for some in zip(x.split(8), y.split(8))])
     def cut(module, inputs, out):
         kept[:] = [out.detach().requires_grad_()]  # what lies below needs no gradient
         return kept[0].clone()
@@ -321,13 +322,13 @@ def grad_cam(backbone: Backbone, x: torch.Tensor, labels, layer: str | None = No
     cam = (cam - cam.amin((2, 3), keepdim=True)) / (cam.amax((2, 3), keepdim=True) - cam.amin((2, 3), keepdim=True)).clamp_min(1e-12)
     return nn.functional.interpolate(cam, x.shape[-2:], mode="bilinear")[:, 0].float().cpu().numpy()
 
-# %% ../nbs/08_evaluation.ipynb #512bba3f
+# %% ../nbs/08_evaluation.ipynb #6457ae86
 def spotlight(pictures: np.ndarray, cams: np.ndarray) -> np.ndarray:
     "uint8 (n, s, s, 3): pictures of that shape that fade to grey where `cams`, float (n, s, s) from 0 to 1, are low."
     share = .2 + .8 * np.asarray(cams, np.float32)[..., None]
     return (share * pictures + (1 - share) * 150).round().astype(np.uint8)
 
-# %% ../nbs/08_evaluation.ipynb #d3f12fa7
+# %% ../nbs/08_evaluation.ipynb #2f574555
 def nearest(features: np.ndarray, queries: np.ndarray, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
     "(indices, similarities), each (m, k): of each of m `queries` (m, d), the k of `features` (n, d) at the smallest angle, and its cosine."
     f, q = (np.asarray(v, np.float32).reshape(len(v), -1) for v in (features, queries))
@@ -336,7 +337,7 @@ def nearest(features: np.ndarray, queries: np.ndarray, k: int = 3) -> tuple[np.n
     order = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
     return order, np.take_along_axis(cosine, order, 1)
 
-# %% ../nbs/08_evaluation.ipynb #511ab7b5
+# %% ../nbs/08_evaluation.ipynb #92136fe5
 @dataclass(frozen=True)
 class Paired:
     "Two networks on the same n pictures: how many `only_a` and `only_b` got right, and the probability `p` of a split as uneven by luck."
@@ -348,7 +349,7 @@ class Paired:
     @property
     def difference(self) -> float: return (self.only_a - self.only_b) / self.n  # accuracy of a minus that of b
 
-# %% ../nbs/08_evaluation.ipynb #6ca8cb57
+# %% ../nbs/08_evaluation.ipynb #48931e13
 def mcnemar(a: Evaluation, b: Evaluation) -> Paired:
     """Is a better than b? The exact two-sided test on the pictures that only one of them gets right. Source: McNemar 1947.
 
@@ -364,7 +365,7 @@ def _tail(k: int, m: int) -> float:
     def log_share(i): return math.lgamma(m + 1) - math.lgamma(i + 1) - math.lgamma(m - i + 1) - m * math.log(2)
     return math.fsum(math.exp(log_share(i)) for i in range(k + 1))
 
-# %% ../nbs/08_evaluation.ipynb #d3482bb3
+# %% ../nbs/08_evaluation.ipynb #087a333b
 def needed_pictures(difference: float, disagree: float, power: float = .8, level: float = .05) -> int:
     """How many test pictures the test of `mcnemar` needs to find a `difference` in accuracy with probability `power`, where the two
     networks disagree (one right, one wrong) on a share `disagree` of pictures. Source: Miettinen 1968.
@@ -374,7 +375,7 @@ def needed_pictures(difference: float, disagree: float, power: float = .8, level
     alpha, beta = NormalDist().inv_cdf(1 - level / 2), NormalDist().inv_cdf(power)
     return math.ceil((alpha * disagree**.5 + beta * (disagree - difference**2)**.5)**2 / difference**2)
 
-# %% ../nbs/08_evaluation.ipynb #f5405d1b
+# %% ../nbs/08_evaluation.ipynb #761406ad
 def _e(text: Any) -> str:
     "Text made safe for HTML, also where a file name holds what is no character."
     kept = "".join(c if c.isprintable() or c in "\u200c\u200d" else " " if c.isspace() else "\ufffd" for c in str(text))
@@ -389,7 +390,7 @@ def _number(v: Any) -> float | None:
     try: return float(v) if math.isfinite(float(v)) else None
     except (TypeError, ValueError): return None
 
-# %% ../nbs/08_evaluation.ipynb #9dd0085b
+# %% ../nbs/08_evaluation.ipynb #e6fc6f5c
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     "A table of ready HTML in a frame of its own, which scrolls where the screen is narrow."
     def line(tag, cells): return "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
@@ -400,10 +401,10 @@ def _more(summary: str, inside: str) -> str: return f"<details><summary>{summary
 
 def _part(title: str, *inside: str) -> str: return f"<section><h2>{title}</h2>{''.join(inside)}</section>"
 
-# %% ../nbs/08_evaluation.ipynb #3a522b58
+# %% ../nbs/08_evaluation.ipynb #84c2588e
 _COLOURS = """
 :root { color-scheme: light dark; --paper: #fff; --card: #f5f6f8; --ink: #1c2024; --soft: #5a636b; --line: #d8dce0;
-  --good: #0072b2; --bad: #a8447f; --main: #b36b00; --good-rgb: 0 114 178; --bad-rgb: 204 121 167; }
+  --good: #0072b2; --bad: #a8447f; --main: #985b00; --good-rgb: 0 114 178; --bad-rgb: 204 121 167; }
 @media screen and (prefers-color-scheme: dark) { :root { --paper: #14171a; --card: #1f2428; --ink: #e8eaec; --soft: #a3adb5;
   --line: #394048; --good: #6bbcf0; --bad: #e79cc4; --main: #f0b044; --good-rgb: 60 150 215; --bad-rgb: 190 95 150; } }
 """
@@ -415,7 +416,7 @@ h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2.2r
 .big { font-size: 2.6rem; font-weight: 700; color: var(--main); line-height: 1.1; } figcaption { color: var(--soft); font-size: .9rem; }
 """
 
-# %% ../nbs/08_evaluation.ipynb #e0f38544
+# %% ../nbs/08_evaluation.ipynb #a6a0719a
 _TABLES = """
 .wide { overflow-x: auto; margin: .6rem 0; } table { width: max-content; border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--line); max-width: min(16rem, 36vw); overflow-wrap: break-word; }
@@ -431,7 +432,7 @@ svg text { fill: var(--soft); font-size: 11px; } .gallery { display: grid; grid-
 @media print { body { max-width: none; } .wide { overflow: visible; } details::details-content { content-visibility: visible; height: auto; } * { print-color-adjust: exact; } }
 """
 
-# %% ../nbs/08_evaluation.ipynb #1ad498dd
+# %% ../nbs/08_evaluation.ipynb #50a69f85
 def _xy(x: float, y: float) -> str: return f"{46 + 344 * x:.1f},{206 - 190 * y:.1f}"  # of the unit square in a drawing of 400 × 250
 
 def _axes(x_label: str, y_label: str, x_ticks: dict[float, str]) -> str:
@@ -445,7 +446,7 @@ def _axes(x_label: str, y_label: str, x_ticks: dict[float, str]) -> str:
 def _drawing(inside: str, alt: str, caption: str) -> str:
     return f'<figure><svg viewBox="0 0 400 250" role="img" aria-label="{_e(alt)}">{inside}</svg><figcaption>{caption}</figcaption></figure>'
 
-# %% ../nbs/08_evaluation.ipynb #5932ff4d
+# %% ../nbs/08_evaluation.ipynb #edae694e
 def _reliability_svg(e: Evaluation, colour: str, shift: float = 0.) -> str:
     "The points of a reliability diagram, joined, each with its interval."
     rows = [r for r in reliability(e).itertuples() if r.pictures]
@@ -454,7 +455,7 @@ def _reliability_svg(e: Evaluation, colour: str, shift: float = 0.) -> str:
     line = " L".join(_xy(r.confidence + shift, r.accuracy) for r in rows)
     return whiskers + f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>' * bool(line) + dots
 
-# %% ../nbs/08_evaluation.ipynb #0987c5cb
+# %% ../nbs/08_evaluation.ipynb #2ab90728
 def _history_svg(history: list[dict]) -> str:
     "Accuracy on the held-back pictures after each row of the history."
     found = [(i, _number(r.get("val_accuracy")), r.get("train")) for i, r in enumerate(history)]
@@ -467,7 +468,7 @@ def _history_svg(history: list[dict]) -> str:
     alt = f"Accuracy on held-back pictures goes from {found[0][1]:.2f} to {found[-1][1]:.2f}, at best {max(a for _, a, _ in found):.2f}."
     return _drawing(axes + f'<path d="M{line}" fill="none" stroke="var(--soft)"/>' + dots, alt, alt + " Blue: the head alone; orange: with other stages.")
 
-# %% ../nbs/08_evaluation.ipynb #99b235c0
+# %% ../nbs/08_evaluation.ipynb #ce2ca657
 def _headline(card: dict, test: Evaluation) -> str:
     "The number, how sure it is, and what to compare it with."
     hits, n = int(test.right.sum()), len(test)
@@ -479,7 +480,7 @@ def _headline(card: dict, test: Evaluation) -> str:
     return (f'<p class="big">{_share(test.accuracy)}</p><p>accuracy: {hits} of {n} test {"picture" if n == 1 else "pictures"}. With that many pictures the true share '
             f'lies between {_share(low)} and {_share(high)} (95 % interval). {compare}</p>')
 
-# %% ../nbs/08_evaluation.ipynb #81ceefe7
+# %% ../nbs/08_evaluation.ipynb #4a6df308
 def _data_part(card: dict, test: Evaluation) -> str:
     "Classes, counts and what was found wrong with the files."
     m, k = card.get("metrics") or {}, len(test.classes)
@@ -496,7 +497,7 @@ def _problems(problems: list[dict], most: int = 50) -> str:
     def items(found): return "".join(f"<li>{_e(t)}</li>" for t in found[:most]) + f"<li>… and {len(found) - most} more</li>" * (len(found) > most)
     return "".join(_more(f"{_e(kind)}: {len(found)}", f"<ul>{items(found)}</ul>") for kind, found in kinds.items())
 
-# %% ../nbs/08_evaluation.ipynb #0226b735
+# %% ../nbs/08_evaluation.ipynb #4b30b547
 def _recipe_part(card: dict, history: list[dict]) -> str:
     "What was trained, in which phases, and how it went."
     phases = card.get("phases") or []
@@ -513,7 +514,7 @@ def _history_table(history: list[dict], most: int = 300) -> str:
     def show(v): return _e(v) if _number(v) is None else f"{_number(v):.4g}"
     return _more("History, a row an epoch", _table([_e(k) for k in keys], [[show(r.get(k, "")) for k in keys] for r in history[:most]]))
 
-# %% ../nbs/08_evaluation.ipynb #c2d86885
+# %% ../nbs/08_evaluation.ipynb #41fcbd6d
 def _classes_part(test: Evaluation, most: int = 20) -> str:
     "Recall and precision of each class with intervals; of many classes the ones found least often, the others folded."
     table = per_class(test).sort_values("recall", kind="stable")
@@ -531,7 +532,7 @@ def _bar(share: float, low: float, high: float) -> str:
     mark = f'<rect x="{98 * share:.1f}" y="0" width="2" height="12" fill="var(--ink)"/>'
     return f'<svg class="bar" viewBox="0 0 100 12" preserveAspectRatio="none" role="img" aria-label="{low:.2f} to {high:.2f}"><path d="M0,6 L100,6" stroke="var(--line)"/>{band}{mark}</svg>'
 
-# %% ../nbs/08_evaluation.ipynb #863eca31
+# %% ../nbs/08_evaluation.ipynb #325ae2ed
 def _confusion_part(test: Evaluation, most: int = 12) -> str:
     "The confusion table; for many classes the pairs most often confused."
     pairs, k = confused_pairs(test, 15), len(test.classes)
@@ -550,7 +551,7 @@ def _matrix(test: Evaluation) -> str:
     body = "".join(f"<tr><th>{_name(c)}</th>" + "".join(cell(i, j) for j in range(len(table))) + "</tr>" for i, c in enumerate(test.classes))
     return f'<div class="wide matrix" tabindex="0"><table><thead><tr><th>truth ╲ said</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-# %% ../nbs/08_evaluation.ipynb #b104cfe6
+# %% ../nbs/08_evaluation.ipynb #de0c0afe
 def _calibration_part(test: Evaluation, held: Evaluation | None) -> str:
     "How much the confidences are worth, before and after a temperature fitted on the held-back pictures."
     if not len(test): return ""
@@ -571,7 +572,7 @@ def _calibration_text(test: Evaluation, held: Evaluation | None, t: float | None
     if at_end: return text + f"<p>No temperature could be fitted on the {len(held)} held-back pictures: they are all right, or too few, or the network has no use for any.</p>"
     return text + f"<p>Logits divided by the temperature {t:.2f}, fitted on {len(held)} held-back pictures, give an error of {ece(scaled(test, t)):.3f} here.</p>"
 
-# %% ../nbs/08_evaluation.ipynb #a9fef348
+# %% ../nbs/08_evaluation.ipynb #33f954f5
 def _jpeg(x: np.ndarray) -> str:
     "A picture uint8 (s, s, 3) as a data address."
     from PIL import Image
@@ -587,7 +588,7 @@ def _mistake(e: Evaluation, i: int, said: int, sure: float, shown: np.ndarray, l
     if lit is not None: images += f'<img alt="{_e(f"the same, grey except where the evidence for {taken} lies")}" src="{_jpeg(lit)}">'
     return f"<figure>{images}<figcaption>{_name(truth)}, taken for {_name(taken)} with {_share(sure)}<br>{_name(e.paths[i])}</figcaption></figure>"
 
-# %% ../nbs/08_evaluation.ipynb #6b95a562
+# %% ../nbs/08_evaluation.ipynb #a59c48c4
 def _mistakes_part(card: dict, test: Evaluation, backbone: Backbone, pixels: np.ndarray, most: int = 8) -> str:
     "The mistakes that the network was surest of, each with the places that spoke for the wrong class."
     rows, size = mistakes(test, most), min((card.get("preprocessing") or {}).get("size") or backbone.size, pixels.shape[1])
@@ -605,7 +606,7 @@ def _cams(backbone: Backbone, pixels: np.ndarray, size: int, labels: np.ndarray)
     x = look(pixels, plain_view(len(pixels), size / pixels.shape[1]), size, backbone.mean, backbone.std, device)
     return grad_cam(backbone, x, labels)
 
-# %% ../nbs/08_evaluation.ipynb #b7b52ee8
+# %% ../nbs/08_evaluation.ipynb #9d39ec93
 def _use_part() -> str:
     "How to load the artifact and ask it."
     code = 'from sft_course import load_artifact\n\nresult = load_artifact("this/folder")\nresult.predict("picture.jpg").label'
@@ -619,7 +620,7 @@ def _origin_part(card: dict) -> str:
     facts |= {f"preprocessing: {k}": ", ".join(f"{x:g}" for x in v) if isinstance(v, (list, tuple)) else v for k, v in look_like.items()}
     return _part("Where it comes from", _table(["what", "value"], [[_e(k), _e(v)] for k, v in facts.items() if v is not None], "words"))
 
-# %% ../nbs/08_evaluation.ipynb #fe850e08
+# %% ../nbs/08_evaluation.ipynb #43eb3144
 def report_html(card: dict, history: list[dict], test: Evaluation, held: Evaluation | None, backbone: Backbone, pixels: np.ndarray) -> str:
     """The report of a fine-tuned network: one HTML page that refers to nothing outside itself.
 

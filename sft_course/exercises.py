@@ -705,7 +705,7 @@ EXERCISES["05.5"] = Exercise(
     why="A picture is held back only if none of its views was trained on. The same holds for crops of one slide, frames of one film, pictures of one patient.",
     hint="Deal the pictures, not the rows; then give each row its picture's fold.",
     mistakes=((lambda f: _dealt(f) == (True, False), "The views stay together. But the folds should hold equally many pictures."),
-              (lambda f: np.array_equal(f(4, 2, 2), _repeated(4, 2, 2)), "`np.repeat` puts the views of a picture beside each other. Here view 1 of all pictures comes after view 0 of all."),
+              (lambda f: np.array_equal(f(11, 2, 3), _repeated(11, 2, 3)), "`np.repeat` puts the views of a picture beside each other. Here view 1 of all pictures comes after view 0 of all."),
               (lambda f: not _dealt(f)[0], "Some picture still has its views in two folds.")),
     tempting=(_by_row, _repeated, _one_fold, _by_view))
 

@@ -7,7 +7,7 @@ __all__ = ['GREEN', 'ORANGE', 'GREY', 'REACH', 'FROZEN', 'TRAINED', 'ORDERS', 'D
            'draw_stages', 'stage_explorer', 'draw_schedule', 'schedule_explorer', 'sift', 'draw_pictures', 'browse',
            'draw_history', 'LiveCurve']
 
-# %% ../nbs/a2_widgets.ipynb #a66a7e15
+# %% ../nbs/a2_widgets.ipynb #209de5be
 import base64, html, math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +24,7 @@ from .schedules import SCHEDULES, rate_table
 from .evaluation import Evaluation
 from .recipe import Result
 
-# %% ../nbs/a2_widgets.ipynb #077a3daa
+# %% ../nbs/a2_widgets.ipynb #6ce6f201
 @dataclass(frozen=True)
 class Drawing:
     "A figure as SVG, and the sentence that says what it shows."
@@ -47,7 +47,7 @@ def _clean(text: str) -> str: return html.escape(_plain(text))
 def _write(x: float, y: float, text: str, anchor: str = "middle", more: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{_clean(text)}</text>'
 
-# %% ../nbs/a2_widgets.ipynb #dbddc663
+# %% ../nbs/a2_widgets.ipynb #9d1d7a9c
 def _sentence(names: Sequence[str], label: int, p: list[float], g: list[float], loss: float) -> str:
     rival = max((k for k in range(len(names)) if k != label), key=lambda k: g[k])
     say = f"The label is {names[label]}. It gets probability {p[label]:.2f}, so the loss is {loss:.2f} nats. "
@@ -55,7 +55,7 @@ def _sentence(names: Sequence[str], label: int, p: list[float], g: list[float], 
     return say + (f"A step against the gradient raises the logit of {names[label]} (gradient −{-g[label]:.2f}) "
                   f"and lowers that of {names[rival]} most (gradient {g[rival]:.2f}).")
 
-# %% ../nbs/a2_widgets.ipynb #00ee1f8f
+# %% ../nbs/a2_widgets.ipynb #8092b800
 GREEN, ORANGE, GREY, REACH = "#009e73", "#d55e00", "#666666", 10.
 _COLUMNS = (("logit z", 245, 60 / REACH, GREY), ("probability p", 370, 100, GREEN), ("gradient p − y", 610, 60, ORANGE))
 
@@ -69,7 +69,7 @@ def _row(k: int, name: str, is_label: bool, values: tuple[float, float, float]) 
         parts += [_bar(x, y, width, colour), _write(x + width + 4 * side, y + 16, f"{value:.2f}".replace("-", "−"), "start" if side > 0 else "end")]
     return "".join(parts)
 
-# %% ../nbs/a2_widgets.ipynb #25ce33b4
+# %% ../nbs/a2_widgets.ipynb #6f7a2d93
 def draw_logits(logits: Sequence[float], label: int, names: Sequence[str] = ("class 1", "class 2", "class 3")) -> Drawing:
     """Bars of logit, probability and gradient p − y for each of K classes, with the loss of `label`, a class index from 0.
 
@@ -83,7 +83,7 @@ def draw_logits(logits: Sequence[float], label: int, names: Sequence[str] = ("cl
     text = _sentence(names, label, p, g, loss)
     return Drawing(_sheet(rows, len(logits), loss, text), text)
 
-# %% ../nbs/a2_widgets.ipynb #ede7b1f7
+# %% ../nbs/a2_widgets.ipynb #e02c7a0b
 def _sheet(rows: str, classes: int, loss: float, text: str) -> str:
     "Headings, zero lines and the loss around the rows; the title is what a screen reader says."
     bottom = 34 + 34 * classes
@@ -93,11 +93,11 @@ def _sheet(rows: str, classes: int, loss: float, text: str) -> str:
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {bottom + 36}" width="720" role="img" font-family="sans-serif" font-size="13" '
             f'fill="#222"><title>{_clean(text)}</title><rect width="100%" height="100%" fill="white"/>{heads}{zeros}{rows}{foot}</svg>')
 
-# %% ../nbs/a2_widgets.ipynb #f48634a3
+# %% ../nbs/a2_widgets.ipynb #7a554a97
 def _shown(drawing: Drawing) -> str:
     return f'{drawing.svg}<p role="status" aria-live="polite">{_clean(drawing.text)}</p>'
 
-# %% ../nbs/a2_widgets.ipynb #24d16525
+# %% ../nbs/a2_widgets.ipynb #f9826c40
 def logits_widget(names: Sequence[str] = ("class 1", "class 2", "class 3"), logits: Sequence[float] = (1., 2., -1.), live: bool | None = None):
     """Sliders for the logits and a choice of label, wired to `draw_logits`: an `ipywidgets.VBox`.
 
@@ -114,7 +114,7 @@ def logits_widget(names: Sequence[str] = ("class 1", "class 2", "class 3"), logi
     redraw()
     return w.VBox([*sliders, label, view])
 
-# %% ../nbs/a2_widgets.ipynb #2f8a100a
+# %% ../nbs/a2_widgets.ipynb #61ad35db
 def _totals(rows: Sequence[dict], train: int) -> dict[str, float]:
     """What training the upper `train` of the stages in `rows`, from `account`, costs: `parameters`, `megabytes` of activations, and
     `operations`, `cached` (the frozen part computed once and kept) as shares of training all. A backward pass counts as two forward."""
@@ -123,11 +123,11 @@ def _totals(rows: Sequence[dict], train: int) -> dict[str, float]:
     return {"parameters": sum(r["parameters"] for r in upper), "megabytes": sum(r["activation_bytes"] for r in upper) / 1e6,
             "operations": (ops + 2 * mine) / (3 * ops), "cached": mine / ops}
 
-# %% ../nbs/a2_widgets.ipynb #5654717e
+# %% ../nbs/a2_widgets.ipynb #b501af34
 FROZEN, TRAINED = PALETTE["frozen"], PALETTE["tuned"]
 _COSTS = (("parameters (thousands)", 236), ("activations (MB)", 402), ("operations (millions)", 568))
 
-# %% ../nbs/a2_widgets.ipynb #9250a18d
+# %% ../nbs/a2_widgets.ipynb #5074ba54
 def _stage_row(y: float, name: str, trains: bool, values: Sequence[float], most: Sequence[float]) -> str:
     "One stage: its name, its state, a bar and a number in each column."
     colour, parts = TRAINED if trains else FROZEN, []
@@ -139,7 +139,7 @@ def _stage_row(y: float, name: str, trains: bool, values: Sequence[float], most:
                   _write(x + width + 5, y + 13, _figure(value), "start")]
     return "".join(parts)
 
-# %% ../nbs/a2_widgets.ipynb #4153f187
+# %% ../nbs/a2_widgets.ipynb #0e4c2976
 def _cut(text: str, most: int) -> str: return text if len(text) <= most else text[:most - 1] + "…"
 
 def _percent(share: float) -> str: return "over 99 %" if .995 <= share < 1 else f"{100 * share:.0f} %"
@@ -149,7 +149,7 @@ def _figure(value: float) -> str:
     if not value: return "0"
     return f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
-# %% ../nbs/a2_widgets.ipynb #95a8bdbe
+# %% ../nbs/a2_widgets.ipynb #328fdbff
 def draw_stages(rows: Sequence[dict], train: int) -> Drawing:
     """The stages of a network in order, the upper `train` of them trained; `rows`: what `account` returns for one picture.
 
@@ -166,7 +166,7 @@ def draw_stages(rows: Sequence[dict], train: int) -> Drawing:
     text = _stage_text(rows, train)
     return Drawing(_svg(40 + 20 * n, heads + body, text), text)
 
-# %% ../nbs/a2_widgets.ipynb #194b8afe
+# %% ../nbs/a2_widgets.ipynb #27b65848
 def _stage_text(rows: Sequence[dict], train: int) -> str:
     t, whole, n = _totals(rows, train), _totals(rows, len(rows)), len(rows)
     lowest, highest = rows[n - train]["stage"], rows[-1]["stage"]
@@ -176,13 +176,13 @@ def _stage_text(rows: Sequence[dict], train: int) -> str:
            f"for each picture of a batch ({part['megabytes']}), {part['operations']} of the operations of training all")
     return say + (f", {part['cached']} where what the frozen stages put out is kept." if train < n else ".")
 
-# %% ../nbs/a2_widgets.ipynb #00aa77fb
+# %% ../nbs/a2_widgets.ipynb #f03ff51d
 def _svg(height: float, inside: str, text: str, role: str = "img") -> str:
     "A sheet 720 wide; the title is what a screen reader says."
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height:.0f}" width="720" role="{role}" font-family="sans-serif" font-size="13" '
             f'fill="#222"><title>{_clean(text)}</title><rect width="100%" height="100%" fill="white"/>{inside}</svg>')
 
-# %% ../nbs/a2_widgets.ipynb #bc6e1f13
+# %% ../nbs/a2_widgets.ipynb #f1ef4295
 _WIDE = {"description_width": "9em"}
 
 def _wired(draw: Callable[[], Drawing], controls: Sequence[Any]):
@@ -194,7 +194,7 @@ def _wired(draw: Callable[[], Drawing], controls: Sequence[Any]):
     redraw()
     return w.VBox([*controls, view])
 
-# %% ../nbs/a2_widgets.ipynb #8c1100e8
+# %% ../nbs/a2_widgets.ipynb #efa019d5
 def stage_explorer(backbone: Backbone, size: int | None = None, train: int = 1, live: bool | None = None):
     """A slider for the number of stages, from the top, that train, wired to `draw_stages`: an `ipywidgets.VBox`.
 
@@ -206,17 +206,17 @@ def stage_explorer(backbone: Backbone, size: int | None = None, train: int = 1, 
     slider = w.IntSlider(train, min=1, max=len(rows), description="stages that train", style=_WIDE, layout={"width": "34em"})
     return _wired(lambda: draw_stages(rows, slider.value), [slider])
 
-# %% ../nbs/a2_widgets.ipynb #d9f4f4d9
+# %% ../nbs/a2_widgets.ipynb #95ba50ab
 def _nice(most: float) -> list[float]:
     "Three to six round numbers from 0 to at least `most`, evenly apart."
     unit = 10 ** math.floor(math.log10(most))
     step = next(s * unit for s in (.2, .5, 1, 2) if most / (s * unit) <= 5)
     return [step * k for k in range(math.ceil(most / step - 1e-9) + 1)]
 
-# %% ../nbs/a2_widgets.ipynb #60c59e6f
+# %% ../nbs/a2_widgets.ipynb #356b74d2
 def _tick(v: float) -> str: return f"{v:.0e}".replace("e-0", "e-") if 0 < v < 1e-3 else f"{v:g}"
 
-# %% ../nbs/a2_widgets.ipynb #dc6a4240
+# %% ../nbs/a2_widgets.ipynb #562c5453
 def _panel(box: tuple[float, float, float, float], x_most: float, ticks: tuple[Sequence[float], Sequence[float]], labels: tuple[str, str]):
     "(x, y, svg): functions from values to places inside `box` (left, top, width, height), and the axes around it."
     left, top, width, height = box
@@ -227,11 +227,11 @@ def _panel(box: tuple[float, float, float, float], x_most: float, ticks: tuple[S
     words = _write(left + width / 2, top + height + 36, labels[0]) + _write(left - 40, top - 10, labels[1], "start", 'font-weight="bold"')
     return x, y, lines + marks + words + f'<path d="M{left} {top + height}h{width}" stroke="#444"/>'
 
-# %% ../nbs/a2_widgets.ipynb #286e151f
+# %% ../nbs/a2_widgets.ipynb #9181442d
 def _line(points: Sequence[tuple[float, float]], colour: str, more: str = "") -> str:
     return '<path d="M' + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) + f'" fill="none" stroke="{colour}" stroke-width="2" {more}/>' if points else ""
 
-# %% ../nbs/a2_widgets.ipynb #9f16c702
+# %% ../nbs/a2_widgets.ipynb #e0b0fef8
 def draw_schedule(name: str = "cosine", steps: int = 100, bases: Sequence[float] = (3e-4,), warmup: float = .1,
                   names: Sequence[str] | None = None) -> Drawing:
     """Rate by step for groups with the rates `bases` at factor 1, the highest first; takes and raises what `rate_table` does."""
@@ -244,7 +244,7 @@ def draw_schedule(name: str = "cosine", steps: int = 100, bases: Sequence[float]
     text = _schedule_text(name, table)
     return Drawing(_svg(300, axes + lines + _legend(names, bases, shades), text), text)
 
-# %% ../nbs/a2_widgets.ipynb #858618fa
+# %% ../nbs/a2_widgets.ipynb #ade7ba74
 def _shades(n: int) -> list[str]:
     "n colours from a dark orange, of the head, to a light one."
     dark, light = (140, 80, 0), (250, 205, 120)
@@ -257,7 +257,7 @@ def _legend(names: Sequence[str], bases: Sequence[float], shades: Sequence[str],
     return "".join(f'<path d="M584 {44 + 18 * k}h18" stroke="{c}" stroke-width="4"/>' + _write(608, 48 + 18 * k, _cut(n, 9), "start")
                    + (_write(714, 48 + 18 * k, f"{b:.1e}".replace("e-0", "e-"), "end") if b else "") for k, (n, b, c) in enumerate(rows))
 
-# %% ../nbs/a2_widgets.ipynb #1da69fd3
+# %% ../nbs/a2_widgets.ipynb #866aa4c0
 def _schedule_text(name: str, table: Any) -> str:
     head, n, top = table[:, 0], table.shape[1], int(table[:, 0].argmax())
     say = (f"{name}, {len(head)} steps: the rate of the {'head' if n > 1 else 'network'} starts at {head[0]:.1e}, is highest at step {top} "
@@ -265,7 +265,7 @@ def _schedule_text(name: str, table: Any) -> str:
     if n == 1: return say
     return say + f" The lowest of {n} stages has {table[top, -1] / head[top]:.2g} of that at every step, at most {table[top, -1]:.1e}."
 
-# %% ../nbs/a2_widgets.ipynb #4da05c70
+# %% ../nbs/a2_widgets.ipynb #47f2241e
 def schedule_explorer(stages: int = 6, live: bool | None = None):
     """Controls for name, steps, warm-up, peak rate and decay by depth, wired to `draw_schedule` for the head and the `stages` - 1 stages
     below it: an `ipywidgets.VBox`; live: as in `logits_widget`."""
@@ -275,7 +275,7 @@ def schedule_explorer(stages: int = 6, live: bool | None = None):
     controls = _rate_controls()
     return _wired(lambda: draw(*(c.value for c in controls)), controls)
 
-# %% ../nbs/a2_widgets.ipynb #48282a30
+# %% ../nbs/a2_widgets.ipynb #eb63cdfc
 def _rate_controls() -> list:
     import ipywidgets as w
     how = {"style": _WIDE, "layout": {"width": "34em"}}
@@ -285,7 +285,7 @@ def _rate_controls() -> list:
             w.FloatLogSlider(3e-4, min=-5, max=-1, step=.1, readout_format=".1e", description="peak rate", **how),
             w.FloatSlider(.6, min=.3, max=1, step=.05, description="decay by depth", **how)]
 
-# %% ../nbs/a2_widgets.ipynb #c36b85ad
+# %% ../nbs/a2_widgets.ipynb #a8a7a068
 ORDERS = ("least sure first", "surest first", "as they come")
 
 def _check_choices(classes: Sequence[str], **given) -> None:
@@ -293,7 +293,7 @@ def _check_choices(classes: Sequence[str], **given) -> None:
         allowed = {"which": ("all", "right", "wrong"), "order": ORDERS}.get(what, (None, *classes))
         if value not in allowed: raise SFTError(f"{what} = {value!r}: use one of {', '.join(map(str, allowed[:8]))}{', …' * (len(allowed) > 8)}.")
 
-# %% ../nbs/a2_widgets.ipynb #ebe02d08
+# %% ../nbs/a2_widgets.ipynb #a8f8ef96
 def sift(e: Evaluation, truth: str | None = None, said: str | None = None, which: str = "all", order: str = ORDERS[0]) -> np.ndarray:
     """Indices of the pictures of class `truth` that were taken for class `said` (None: any): `which` of them, `all`, `right` or `wrong`,
     in that `order`, one of ORDERS.
@@ -307,7 +307,7 @@ def sift(e: Evaluation, truth: str | None = None, said: str | None = None, which
     rows = np.flatnonzero(keep)
     return rows if order == ORDERS[2] else rows[np.argsort(e.confidence[rows] * (1 if order == ORDERS[0] else -1), kind="stable")]
 
-# %% ../nbs/a2_widgets.ipynb #06c4d8f7
+# %% ../nbs/a2_widgets.ipynb #eaeb3541
 def _thumbnail(x: np.ndarray, side: int = 112) -> str:
     "A picture uint8 (s, s, 3), at most `side` wide, as a data address: it stands inside the drawing and needs no file."
     file, image = BytesIO(), Image.fromarray(np.ascontiguousarray(x))
@@ -315,7 +315,7 @@ def _thumbnail(x: np.ndarray, side: int = 112) -> str:
     image.save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
-# %% ../nbs/a2_widgets.ipynb #11ddd605
+# %% ../nbs/a2_widgets.ipynb #2ab94b3a
 def _photo(k: int, e: Evaluation, x: np.ndarray) -> str:
     "Picture k of a page, at its place in six columns: what it is, and whether the network said so, in words, a sign and a colour."
     left, top, right, sure = 6 + 119 * (k % 6), 8 + 164 * (k // 6), e.right[k], e.confidence[k]
@@ -327,7 +327,7 @@ def _photo(k: int, e: Evaluation, x: np.ndarray) -> str:
              + _write(left, top + 145, f"✓ right, {sure:.2f}" if right else f"✗ {_cut(said, 11)}, {sure:.2f}", "start", 'font-size="12"'))
     return f'<g role="img" aria-label="{alt}"><title>{alt}</title>{image}{frame}{words}</g>'
 
-# %% ../nbs/a2_widgets.ipynb #85417931
+# %% ../nbs/a2_widgets.ipynb #a908aa02
 def draw_pictures(e: Evaluation, pixels: np.ndarray, rows: Sequence[int], page: int = 1, what: str = "pictures", per_page: int = 12) -> Drawing:
     "A page of those of `rows` of an evaluation, whose `pixels` are uint8 (n, s, s, 3): each with its label, the prediction and its probability."
     if len(pixels) != len(e):
@@ -343,7 +343,7 @@ def draw_pictures(e: Evaluation, pixels: np.ndarray, rows: Sequence[int], page: 
 def _first(e: Evaluation) -> str:
     return f"The first is {e.classes[e.labels[0]]}, taken for {e.classes[e.predictions[0]]} with probability {e.confidence[0]:.2f}."
 
-# %% ../nbs/a2_widgets.ipynb #04b0f754
+# %% ../nbs/a2_widgets.ipynb #3017e03c
 def browse(found: Result | Evaluation, pixels: np.ndarray | None = None, live: bool | None = None):
     """Controls for truth, prediction, right or wrong, order and page, wired to `sift` and `draw_pictures`: an `ipywidgets.VBox`.
 
@@ -365,7 +365,7 @@ def browse(found: Result | Evaluation, pixels: np.ndarray | None = None, live: b
     turn_back()
     return _wired(lambda: draw_pictures(e, pixels, rows(), page.value, what()), controls)
 
-# %% ../nbs/a2_widgets.ipynb #187bf4c0
+# %% ../nbs/a2_widgets.ipynb #9caaaa57
 def _browse_controls(classes: Sequence[str]) -> list:
     import ipywidgets as w
     how, names = {"style": _WIDE, "layout": {"width": "34em"}}, [("any class", -1), *((_plain(c), k) for k, c in enumerate(classes))]
@@ -374,7 +374,7 @@ def _browse_controls(classes: Sequence[str]) -> list:
             w.ToggleButtons(options=["all", "right", "wrong"], value="wrong", description="show", **buttons),
             w.SelectionSlider(options=ORDERS, description="order", **how), w.IntSlider(1, min=1, max=1, description="page", **how)]
 
-# %% ../nbs/a2_widgets.ipynb #17bd9f12
+# %% ../nbs/a2_widgets.ipynb #d2ece1dc
 def _finite(row: dict, key: str) -> float | None:
     "The number under a key of a history's row, or None; a history that was read from a file holds text."
     try: return float(row[key]) if math.isfinite(float(row[key])) else None
@@ -385,7 +385,7 @@ def _series(history: Sequence[dict], key: str) -> list[tuple[int, float]]:
 
 def _name_phase(train: Any) -> str: return {"head": "head", "all": "all stages"}.get(str(train), f"upper {train}")
 
-# %% ../nbs/a2_widgets.ipynb #1eecfc50
+# %% ../nbs/a2_widgets.ipynb #fb644965
 def draw_history(history: Sequence[dict]) -> Drawing:
     "Loss and accuracy after each epoch of a fit; `history`: rows with `phase`, `train`, `epoch`, `train_loss`, `val_loss` and `val_accuracy`."
     if not history: return Drawing(_svg(60, _write(360, 34, "No epoch has ended yet."), "No epoch has ended yet."), "No epoch has ended yet.")
@@ -400,7 +400,7 @@ def draw_history(history: Sequence[dict]) -> Drawing:
     text = _history_text(history, train, held, right)
     return Drawing(_svg(280, axes + more + numbers + curves + _phases(history, (x, u)) + _HISTORY_KEY, text), text)
 
-# %% ../nbs/a2_widgets.ipynb #60905202
+# %% ../nbs/a2_widgets.ipynb #389356cb
 _HISTORY_KEY = (f'<path d="M160 36h24" stroke="{TRAINED}" stroke-width="2" stroke-dasharray="5 3"/>' + _write(190, 40, "training", "start")
                 + f'<path d="M256 36h24" stroke="{FROZEN}" stroke-width="2"/>' + _write(286, 40, "held back", "start"))
 
@@ -410,7 +410,7 @@ def _curve(points: Sequence[tuple[int, float]], x: Callable, y: Callable, colour
     dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{colour}"/>' for a, b in at)
     return _line(at, colour, f'stroke-dasharray="{dashes}"' * bool(dashes)) + dots
 
-# %% ../nbs/a2_widgets.ipynb #ac7f3478
+# %% ../nbs/a2_widgets.ipynb #8a8d522b
 def _phases(history: Sequence[dict], scales: Sequence[Callable]) -> str:
     "A dotted line where a phase begins, with what trains in it."
     starts = [i for i, r in enumerate(history) if not i or r.get("phase") != history[i - 1].get("phase")]
@@ -419,7 +419,7 @@ def _phases(history: Sequence[dict], scales: Sequence[Callable]) -> str:
     def name(x, i, k): return _write(x(max(i - .5, 0)) + 4, 62 + 13 * (k % 3), _name_phase(history[i].get("train")), "start", halo)
     return "".join(line(x, i) + name(x, i, k) for k, i in enumerate(starts) for x in scales)
 
-# %% ../nbs/a2_widgets.ipynb #c217de32
+# %% ../nbs/a2_widgets.ipynb #cb778295
 def _history_text(history: Sequence[dict], train: list, held: list, right: list) -> str:
     r = history[-1]
     say = f"Phase {r.get('phase')} ({_name_phase(r.get('train'))}), epoch {r.get('epoch')}: "
@@ -429,7 +429,7 @@ def _history_text(history: Sequence[dict], train: list, held: list, right: list)
     best = max(right, key=lambda p: p[1])
     return say + f" Accuracy on held-back pictures is {right[-1][1]:.3f}, at best {best[1]:.3f} after epoch {best[0] + 1} of all {len(history)}."
 
-# %% ../nbs/a2_widgets.ipynb #a674d072
+# %% ../nbs/a2_widgets.ipynb #ea54ff4e
 class LiveCurve:
     """Give it to `fine_tune` as `watch`: it draws the curve of the fit after every epoch, in one place, where a notebook's kernel runs.
     `drawing` is the last one."""
