@@ -170,25 +170,6 @@ def predict(artifact: Artifact, files: Annotated[list[Path], typer.Argument(meta
     for p in found: print(f"{p.probability:6.1%}  {p.label}  {p.path}")
     if as_json: print(json.dumps([{"path": p.path, "label": p.label, "probability": p.probability, "probabilities": p.probabilities} for p in found]))
 
-# %% ../nbs/a4_cli.ipynb #80a1086a
-def _listed(folder: Path):
-    "The `Catalog` of a folder or CSV as it stands: unlike `scan`, with one class or one picture too, and not divided."
-    from sft_course.data import _collect, _from_csv, scan
-    if folder.is_dir(): return _collect(folder)
-    return _from_csv(folder) if folder.is_file() and folder.suffix.lower() == ".csv" else scan(folder)  # which says what is wrong
-
-def _decoded(catalog, size: int, cache: Path):
-    "As `decode_once`, which asks for enough to train on."
-    import numpy as np
-    from sft_course.data import PixelCache, _cached, _decode, _fingerprint, _state
-    states = [_state(catalog.root / f) for f in catalog.files]
-    key = _fingerprint(catalog, size, states)
-    bad, pixels = _cached(cache / "pixels" / key, len(catalog), size) or _decode(catalog, size, cache / "pixels" / key, states)
-    lost = {p.path for p in bad}
-    good = catalog.keep(np.array([f not in lost for f in catalog.files], bool), bad)
-    if not len(good): raise SFTError(f"{catalog.root}: none of its {len(catalog)} pictures can be read; sft-course check says why.")
-    return PixelCache(good, pixels, key)
-
 # %% ../nbs/a4_cli.ipynb #174ffd4e
 def _known(catalog, classes: list[str], artifact: Path):
     "The catalog, if the artifact knows all of its classes."
@@ -246,22 +227,24 @@ def evaluate(artifact: Artifact, folder: Folder,
     """
     from sft_course.recipe import load_artifact
     from sft_course.core import pick_device
+    from sft_course.data import scan
     settings, report = load_settings(), report or artifact / f"report-{folder.resolve().stem or 'root'}.html"
     result = load_artifact(artifact, pick_device(settings))
-    found = _asked(result, _known(_listed(folder), result.classes, artifact), split, settings)
+    found = _asked(result, _known(scan(folder, divide=False), result.classes, artifact), split, settings)
     _write(report, _report_on(result, *found[:3], found[1].catalog))
-    _tell_of(result, artifact, *found)
+    told = _evaluation(*found)
+    _tell_of(result, artifact, told, *found)
     print(f"report: open {report}")
-    if as_json: print(json.dumps(_evaluation(*found) | {"report": str(report)}))
+    if as_json: print(json.dumps(told | {"report": str(report)}))
 
 # %% ../nbs/a4_cli.ipynb #fd66c6b5
 def _asked(result, catalog, split: str | None, settings):
     "What the network says of the pictures of a catalog: an `Evaluation`, the decoded pictures, the rows that were asked, and their split."
     from sft_course.core import pick_device
-    from sft_course.data import decoded_size
+    from sft_course.data import decode_once, decoded_size
     from sft_course.evaluation import evaluate as ask
     size = result.card["preprocessing"]["size"]
-    pixels = _decoded(catalog, decoded_size(size, result.backbone.crop), settings.cache_dir)
+    pixels = decode_once(catalog, decoded_size(size, result.backbone.crop), settings.cache_dir, to_learn=False)
     rows, split = _rows(pixels.catalog, split)
     return ask(result.backbone, pixels, rows, size, result.classes, pick_device(settings)), pixels, rows, split
 
@@ -271,9 +254,9 @@ def _evaluation(e, pixels, rows, split) -> dict:
             "per_class": _table(e), "problems": [{"path": p.path, "kind": p.kind, "message": p.message} for p in pixels.catalog.problems]}
 
 # %% ../nbs/a4_cli.ipynb #4de7cb37
-def _tell_of(result, artifact: Path, e, pixels, rows, split: str, most: int = 20) -> None:
+def _tell_of(result, artifact: Path, told: dict, e, pixels, rows, split: str, most: int = 20) -> None:
     "What a person wants to know after an evaluation."
-    told, learned = _evaluation(e, pixels, rows, split), result.card.get("data") == pixels.key and (pixels.catalog.part[rows] == "train").any()
+    learned = result.card.get("data") == pixels.key and (pixels.catalog.part[rows] == "train").any()
     gone = [r["class"] for r in told["per_class"] if not r["pictures"]]
     _notes([p["message"] for p in told["problems"]] + [f"there is no picture of {_some(gone)}"] * bool(gone) +
            [f"{artifact} was fitted on these very pictures, so this says little about others"] * bool(learned), "sft-course check")

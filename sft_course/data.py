@@ -183,8 +183,8 @@ def _strays(root: Path, splits: dict[Path, str]) -> list[Problem]:
 # %% ../nbs/01_data.ipynb #410e12bc
 def _circular(d: Path, root: Path) -> bool: return d.is_symlink() and root.resolve().is_relative_to(d.resolve())
 
-def _collect(root: Path) -> Catalog:
-    "Everything that lies below `root`, as one catalog, before missing parts are drawn."
+def _from_folder(root: Path) -> Catalog:
+    "Everything that lies below `root`, as one catalog."
     splits = _parts(root)
     folders = [(c, part) for d, part in splits.items() for c in _folders(d)]
     problems = [_problem(c.relative_to(root).as_posix(), "no file", "is a link to a folder that it lies in; it was left out.") for c, _ in folders if _circular(c, root)]
@@ -281,22 +281,23 @@ def _from_csv(file: Path) -> Catalog:
     return _catalog(file.parent, good, [p for p in rows.values() if p])
 
 # %% ../nbs/01_data.ipynb #a573d86f
-def scan(root: str | Path, seed: int = 0, test_share: float = .2, val_share: float = .2, strict: bool = False) -> Catalog:
+def scan(root: str | Path, seed: int = 0, test_share: float = .2, val_share: float = .2, strict: bool = False, divide: bool = True) -> Catalog:
     """Read a folder `root/train|val|test/class/…` or `root/class/…`, or a CSV of `path,label[,part]`, into a `Catalog`.
 
     Where there is no test split, a validation split takes its place; where there is neither, `test_share` of each class is
     held out. Where there is nothing left to choose with, `val_share` of each class's training pictures is held back.
     Raises `SFTError` where there is nothing to learn from: no folder, no pictures, one class, a class with one picture; and,
-    if `strict`, where a file would be left out, here or when it is decoded.
+    if `strict`, where a file would be left out, here or when it is decoded. With `divide=False` the parts are left as they stand, and
+    however little there is will do: that is for pictures to ask about, not to learn from.
     """
     root = Path(root)
     if not os.path.exists(root): raise SFTError(f"{printable(root)}: there is no such folder; give one that holds a sub-folder of pictures per class.")
     from_table = root.is_file() and root.suffix.lower() == ".csv"
     if not root.is_dir() and not from_table:
         raise SFTError(f"{printable(root)}: this is a file; give a folder that holds a sub-folder of pictures per class, or a CSV of path,label.")
-    found = replace(_from_csv(root) if from_table else _collect(root), strict=strict)
+    found = replace(_from_csv(root) if from_table else _from_folder(root), strict=strict)
     if strict: require_whole(found)
-    return _divide(found, seed, test_share, val_share)
+    return _divide(found, seed, test_share, val_share) if divide else found
 
 # %% ../nbs/01_data.ipynb #06a439bd
 def read_picture(path: str | Path, size: int) -> np.ndarray:
@@ -418,11 +419,12 @@ def _fingerprint(c: Catalog, size: int, states: list[tuple | None]) -> str:
     return hashlib.blake2b(json.dumps([made_by, size, str(c.root.resolve()), list(zip(c.files, states))]).encode(), digest_size=12).hexdigest()
 
 # %% ../nbs/01_data.ipynb #266ca376
-def decode_once(catalog: Catalog, size: int, cache_dir: str | Path) -> PixelCache:
+def decode_once(catalog: Catalog, size: int, cache_dir: str | Path, to_learn: bool = True) -> PixelCache:
     """Decode every picture to `size` × `size` under `cache_dir`, or find it decoded there.
 
     What cannot be decoded is left out and named among the catalog's problems: kinds unreadable, too large, missing, changed.
-    Raises `SFTError` where too little is left, or, for a strict catalog, where anything was left out.
+    Raises `SFTError` where too little is left to learn from (or, unless `to_learn`, nothing), or, for a strict catalog, where anything
+    was left out.
     """
     states = [_state(catalog.root / f) for f in catalog.files]
     key = _fingerprint(catalog, size, states)
@@ -431,7 +433,8 @@ def decode_once(catalog: Catalog, size: int, cache_dir: str | Path) -> PixelCach
     bad = {p.path for p in found[0]}
     good = catalog.keep(np.array([f not in bad for f in catalog.files], bool), found[0])
     if catalog.strict: require_whole(good)
-    require_enough(good, catalog)
+    if to_learn: require_enough(good, catalog)
+    elif not len(good): raise SFTError(f"{printable(catalog.root)}: none of its {len(catalog)} pictures can be read; sft-course check says why.")
     return PixelCache(good, found[1], key)
 
 def _cached(folder: Path, n: int, size: int, passing: bool = False) -> tuple[tuple[Problem, ...], np.ndarray] | None:

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['first_trainable', 'training_costs', 'freeze_below', 'training_mode', 'feature_drift', 'param_groups']
 
-# %% ../nbs/06_unfreezing.ipynb #01f843af
+# %% ../nbs/06_unfreezing.ipynb #301697fe
 from typing import Any
 import torch
 from torch import nn
 from .core import SFTError
 from .backbones import Backbone, account
 
-# %% ../nbs/06_unfreezing.ipynb #23235300
+# %% ../nbs/06_unfreezing.ipynb #1a6b2fdb
 def first_trainable(backbone: Backbone, train: int | str) -> int:
     "Index of the first stage that trains when `train` is `head`, a count from the top, or `all`. Raises `SFTError` for anything else."
     n = len(backbone.stages)
@@ -21,7 +21,7 @@ def first_trainable(backbone: Backbone, train: int | str) -> int:
         raise SFTError(f"train = {train!r}: use 'head', 'all', or a number of stages from 1 to {n} ({backbone.name} has {n}).")
     return n - count
 
-# %% ../nbs/06_unfreezing.ipynb #0e6c55e4
+# %% ../nbs/06_unfreezing.ipynb #b83aff79
 def training_costs(backbone: Backbone, size: int, batch: int = 1) -> list[dict[str, Any]]:
     """What a step of training on `batch` pictures of `size` pixels costs, a row for each count of upper stages that train.
 
@@ -37,7 +37,7 @@ def training_costs(backbone: Backbone, size: int, batch: int = 1) -> list[dict[s
                       "multiply_adds": forward + 2 * ops, "cached_multiply_adds": 3 * ops})
     return costs
 
-# %% ../nbs/06_unfreezing.ipynb #fa17036f
+# %% ../nbs/06_unfreezing.ipynb #f1de5bf4
 def freeze_below(backbone: Backbone, stage: int) -> None:
     "Parameters of stages from index `stage` on get gradients, those below get none. (Batch norms need `training_mode` as well.)"
     params = dict(backbone.model.named_parameters())
@@ -46,7 +46,7 @@ def freeze_below(backbone: Backbone, stage: int) -> None:
             params[name].requires_grad_(i >= stage)
             if i < stage: params[name].grad = None  # or an optimiser that still holds it would go on moving it
 
-# %% ../nbs/06_unfreezing.ipynb #3573bb5f
+# %% ../nbs/06_unfreezing.ipynb #5373ada4
 def training_mode(backbone: Backbone, stage: int, batch_stats: bool) -> None:
     """Training mode for stages from index `stage` on, evaluation mode below; call it where a loop would say `model.train()`.
 
@@ -59,7 +59,7 @@ def training_mode(backbone: Backbone, stage: int, batch_stats: bool) -> None:
         for m in backbone.model.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
 
-# %% ../nbs/06_unfreezing.ipynb #d6ac9213
+# %% ../nbs/06_unfreezing.ipynb #ec5ff94d
 def feature_drift(before: torch.Tensor, after: torch.Tensor) -> float:
     """How far features (n, d) of the same n pictures moved, against how far those pictures lay apart before.
 
@@ -71,7 +71,7 @@ def feature_drift(before: torch.Tensor, after: torch.Tensor) -> float:
     if not spread > 0: raise SFTError("feature_drift: all pictures have the same features; give pictures that differ.")
     return (moved / spread).sqrt().item()
 
-# %% ../nbs/06_unfreezing.ipynb #beb34573
+# %% ../nbs/06_unfreezing.ipynb #8eb74b30
 def param_groups(backbone: Backbone, stage: int, lr: float, depth_decay: float = 1., weight_decay: float = 0.) -> list[dict[str, Any]]:
     """Optimiser groups of stages from index `stage` on, two a stage: matrices with `weight_decay`, vectors (biases, norms) without.
 

@@ -46,7 +46,7 @@ def test_bundled_weights_know_ants_and_bees(photos):
     from timm.data import ImageNetInfo
 
     from sft_course.data import decoded_size, read_picture, scan
-    from sft_course.recipe import eval_logits
+    from sft_course.evaluation import eval_logits
     lite0 = open_backbone("lite0")
     assert lite0.mean == lite0.std == (.5, .5, .5)
     c = scan(photos)

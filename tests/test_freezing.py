@@ -278,6 +278,7 @@ def test_an_interrupted_run_leaves_nothing(kept, monkeypatch):
         return look(*a, **k)
     look = freezing.look
     monkeypatch.setattr(freezing, "look", stop)
+    monkeypatch.setattr(freezing, "pictures_at_once", lambda *_: 2)
     with pytest.raises(KeyboardInterrupt):
         store()
     assert files(cache) == []

@@ -71,7 +71,7 @@ def head_epoch(folder, size, cache):
     import torch
 
     import sft_course.recipe as recipe
-    passes, fits, step, fit_head = [], [], torch.optim.LBFGS.step, recipe.fit_head
+    passes, fits, step, fit_head = [], [], torch.optim.LBFGS.step, recipe.fit_wide_head
     def counted(solver, closure):
         out = step(solver, closure)
         passes.append(solver.state[solver._params[0]]["func_evals"])
@@ -82,7 +82,7 @@ def head_epoch(folder, size, cache):
         out = fit_head(*args, **kwargs)
         fits.append((time.perf_counter() - began, sum(passes)))
         return out
-    torch.optim.LBFGS.step, recipe.fit_head = counted, timed
+    torch.optim.LBFGS.step, recipe.fit_wide_head = counted, timed
     tuner_of(folder, size, cache).step(recipe.Phase("head"))
     spent, count = map(sum, zip(*fits, strict=True))
     return {"ours": spent / count, "passes": count, "reference": frozen_epoch(folder, size)}
