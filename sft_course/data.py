@@ -498,6 +498,7 @@ def _finish(temp: Path, n: int, size: int, bad: list[Problem], passing: bool) ->
     (temp / "left_out.json").write_text(json.dumps({"problems": [asdict(p) for p in bad], "passing": passing}))
     raw = np.memmap(temp / "raw", np.uint8, "r", shape=(n, size, size, 3)) if n else np.zeros((0, size, size, 3), np.uint8)
     np.save(temp / "pixels.npy", raw)
+    with open(temp / "pixels.npy", "r+b") as f: os.fsync(f.fileno())  # or a power cut could leave zeros in it
     (temp / "raw").unlink()
 
 # %% ../nbs/01_data.ipynb #bba218ab

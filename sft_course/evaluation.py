@@ -517,7 +517,7 @@ def _recipe_part(card: dict, history: list[dict]) -> str:
 def _history_table(history: list[dict], most: int = 300) -> str:
     if not history: return ""
     keys = list(dict.fromkeys(k for r in history for k in r))
-    def show(v): return _e(v) if _number(v) is None else f"{_number(v):.4g}"
+    def show(v): return f"{_number(v):.4g}" if _number(v) is not None else "–" if v in (None, "") else _e(v)
     return _more("History, a row an epoch", _table([_e(k) for k in keys], [[show(r.get(k, "")) for k in keys] for r in history[:most]]))
 
 # %% ../nbs/08_evaluation.ipynb #5466e8c9
@@ -576,7 +576,7 @@ def _calibration_text(test: Evaluation, held: Evaluation | None, t: float | None
             f"confidences that are true would show {low:.3f} to {high:.3f} by luck alone.</p>")
     if t is None: return text + "<p>There were no held-back pictures to fit a temperature on.</p>"
     if at_end: return text + f"<p>No temperature could be fitted on the {len(held)} held-back pictures: they are all right, or too few, or the network has no use for any.</p>"
-    return text + f"<p>Logits divided by the temperature {t:.2f}, fitted on {len(held)} held-back pictures, give an error of {ece(scaled(test, t)):.3f} here.</p>"
+    return text + f"<p>Logits divided by the temperature {t:.2f}, fitted on {len(held)} held-back pictures, give an error of {ece(scaled(test, t)):.3f} here.{' Fitted on so few, it is a rough guess.' * (len(held) < 100)}</p>"
 
 # %% ../nbs/08_evaluation.ipynb #43cc4da1
 def _jpeg(x: np.ndarray) -> str:
@@ -616,8 +616,8 @@ def _cams(backbone: Backbone, pixels: np.ndarray, size: int, labels: np.ndarray)
 def _use_part() -> str:
     "How to load the artifact and ask it."
     code = 'from sft_course import load_artifact\n\nresult = load_artifact("this/folder")\nresult.predict("picture.jpg").label'
-    return _part("Use it", f"<p>The folder in which this file was written holds the network.</p><pre>{html.escape(code)}</pre><p>Or from the command line:</p>"
-                 f"<pre>sft-course predict this/folder picture.jpg</pre>")
+    return _part("Use it", f"<p>Here this/folder stands for the one that <code>fit</code> wrote, with model.safetensors in it.</p><pre>{html.escape(code)}</pre><p>Or from the command line:</p>"
+                 "<pre>sft-course predict this/folder picture.jpg</pre>")
 
 def _origin_part(card: dict) -> str:
     "Seed, versions and the key of the data: what it takes to make it again."

@@ -243,9 +243,15 @@ def _source(tuner: FineTuner, phase: Phase, lower, rows: np.ndarray, fixed: tupl
         theta = _views(tuner, phase, e, rows, fixed)
         def batch(at):
             with torch.no_grad():
-                return lower(look(tuner.pixels.pixels[rows[at]], theta[at], tuner.size, tuner.backbone.mean, tuner.backbone.std, tuner.device))
+                x = lower(look(tuner.pixels.pixels[rows[at]], theta[at], tuner.size, tuner.backbone.mean, tuner.backbone.std, tuner.device))
+            return x if isinstance(lower, torch.nn.Identity) else _as_kept(x)
         return batch
     return fresh
+
+def _as_kept(x: torch.Tensor) -> torch.Tensor:
+    "Rounded to 16 bits as in the cache, where they hold it: with or without room for the cache the same weights come out."
+    short = x.half()
+    return short.to(x.dtype) if short.isfinite().all() else x
 
 # %% ../nbs/09_recipe.ipynb #72416dd3
 def _drawn(tuner: FineTuner, phase: Phase, epoch: int, n: int, fixed: tuple[int, ...]) -> np.ndarray:
@@ -389,7 +395,7 @@ FineTuner.measure, FineTuner.run = measure, run_phases
 # %% ../nbs/09_recipe.ipynb #sp0table
 def _table(rows: list[dict]) -> str:
     keys = list(dict.fromkeys(k for r in rows for k in r))
-    return "\n".join([",".join(keys), *(",".join(str(r.get(k, "")) for k in keys) for r in rows)]) + "\n"
+    return "\n".join([",".join(keys), *(",".join("" if r.get(k) is None else str(r[k]) for k in keys) for r in rows)]) + "\n"
 
 # %% ../nbs/09_recipe.ipynb #041aad9c
 def save_artifact(result: Result, out: str | Path) -> Path:

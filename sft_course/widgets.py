@@ -350,7 +350,7 @@ def browse(found: Result | Evaluation, pixels: np.ndarray | None = None, live: b
     found: a `Result` that was just fitted, which knows its test pictures, or an `Evaluation` with its `pixels`, uint8 (n, s, s, 3).
     live: as in `logits_widget`; without a kernel the mistakes are drawn. Raises `SFTError` where the pictures are missing.
     """
-    e, pixels = (found, pixels) if isinstance(found, Evaluation) else (found.test, found.pixels if pixels is None else pixels)
+    e, pixels = (found, pixels) if hasattr(found, "logits") else (found.test, found.pixels if pixels is None else pixels)
     if e is None or pixels is None:
         raise SFTError("browse: there are no pictures to show; give a Result of fine_tune, or an Evaluation and its pixels.")
     if not (kernel_runs() if live is None else live): return draw_pictures(e, pixels, sift(e, which="wrong"), what="wrong pictures, least sure first")

@@ -108,3 +108,10 @@ def test_outputs_are_those_of_a_full_run_and_hold_nothing_of_a_machine(path):
     assert path.stem == "index" or outputs
     text = json.dumps([{k: v for k, v in o.get("data", {}).items() if k.startswith("text")} | {"text": o.get("text", "")} for o in outputs])
     assert not re.search(r"/(home|root|work|tmp|Users)/|\d\d:\d\d:\d\d", text)
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+def test_nothing_is_left_to_be_filled_in_and_nothing_leads_out(path):
+    text = "\n".join(source(c) for kind in ("code", "markdown") for c in cells(path, kind))
+    assert not re.search(r"\b(TODO|FIXME|MINUTES|SECONDS|XXX)\b|/(home|root|work|tmp|Users)/|<!-- widget", text)
+    assert "exec(open" not in text and "exec(" not in re.sub(r"\.exec\(", "", text)

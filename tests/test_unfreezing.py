@@ -10,7 +10,7 @@ from sft_course.backbones import Backbone, cut_into_stages, new_head, open_backb
 from sft_course.core import SFTError
 from sft_course.freezing import split_at
 from sft_course.loop import batches, copy_state, train_epoch
-from sft_course.unfreezing import feature_drift, first_trainable, freeze_below, param_groups, training_mode, training_costs
+from sft_course.unfreezing import feature_drift, first_trainable, freeze_below, param_groups, training_costs, training_mode
 
 NORMS = nn.modules.batchnorm._BatchNorm
 

@@ -18,6 +18,8 @@ offline=$(unshare -rn true 2> /dev/null && echo "unshare -rn" || echo env)
 "$place/venv/bin/sft-course" --help > /dev/null
 $offline "$place/venv/bin/sft-course" demo | tee "$place/demo.log"
 tail -n 1 "$place/demo.log" | grep -Eq '^from scratch 0\.[0-9]+ · frozen head 0\.[0-9]+ · fine-tuned [01]\.[0-9]+$'
-for f in model.safetensors card.json history.csv; do test -s "sft-demo/$f"; done
+for f in model.safetensors card.json history.csv report.html; do test -s "sft-demo/$f"; done
+"$place/venv/bin/sft-course" notebooks course > /dev/null
+for f in nbs/00_concepts.ipynb images settings.ini; do test -s "course/$f"; done
 "$place/venv/bin/python" -c "import sft_course, os; assert os.path.realpath(sft_course.__file__).startswith(os.path.realpath('$place'))"
 echo "wheel-check: passed"

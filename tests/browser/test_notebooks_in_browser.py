@@ -9,20 +9,6 @@ NBS = Path(__file__).parent.parent.parent / "nbs"
 NAMES = [p.stem for p in sorted(NBS.glob("0*.ipynb"))] + ["a2_widgets"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_all_cells_run(visit, note, shot, name):
-    start = time.perf_counter()
-    seen = visit(name)
-    note(f"{name}: {time.perf_counter() - start:.0f} s")
-    errors = seen.errors()
-    if errors:
-        seen.page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").first.scroll_into_view_if_needed()
-        seen.page.screenshot(path=shot(f"{name}-error"))
-    assert errors == []
-    assert seen.page.get_by_text("Error displaying widget").count() == 0
-    assert [u for u in seen.foreign if "colab-badge.svg" not in u] == [], "asked for over the network"
-
-
 EXERCISE = 'check("00.1"'
 
 
@@ -59,6 +45,32 @@ def changed(seen, out, act):
     drawn = "([out, was]) => { const now = [...out.querySelectorAll('svg[role]')].pop(); return now && now.outerHTML !== was; }"
     seen.page.wait_for_function(drawn, arg=[handle, before], polling=5, timeout=20_000)
     return 1000 * (time.perf_counter() - start), said, sentence.inner_text()
+
+
+# the chapter that uses a widget, and a text that only its output holds
+IN_CHAPTER = {"03_loss": "logit, class 2", "06_unfreezing": "stages that train", "07_schedules": "decay by depth", "08_evaluation": "prediction"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_cells_run(visit, note, shot, name):
+    start = time.perf_counter()
+    seen = visit(name)
+    note(f"{name}: {time.perf_counter() - start:.0f} s")
+    errors = seen.errors()
+    if errors:
+        seen.page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").first.scroll_into_view_if_needed()
+        seen.page.screenshot(path=shot(f"{name}-error"))
+    assert errors == []
+    assert seen.page.get_by_text("Error displaying widget").count() == 0
+    assert [u for u in seen.foreign if "colab-badge.svg" not in u] == [], "asked for over the network"
+    if name in IN_CHAPTER:
+        out = output_of(seen, IN_CHAPTER[name])
+        out.scroll_into_view_if_needed()
+        out.locator(".noUi-handle").last.focus()
+        took, said, now = changed(seen, out, lambda: seen.page.keyboard.press("ArrowRight"))
+        assert said != now
+        note(f"{name}, its widget: {took:.0f} ms from key to figure")
+        out.screenshot(path=shot(f"{name}-widget"))
 
 
 @pytest.mark.parametrize("name, text, slider, key", WIDGETS, ids=[w[0] for w in WIDGETS])

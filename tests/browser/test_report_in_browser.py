@@ -1,6 +1,9 @@
 "The report in a real browser: nothing is fetched, nothing runs, it fits a telephone, by day and by night."
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -21,19 +24,23 @@ def draw(folder):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    "The report of a fit on a tiny folder whose classes have hostile names."
+def reports(tmp_path_factory):
+    "The reports of a fit on a tiny folder whose classes have hostile names, and of `sft-course evaluate` on the same."
     from sft_course import Phase, fine_tune
     top = tmp_path_factory.mktemp("report")
     draw(top / "data")
     with patch.dict(os.environ, XDG_CACHE_HOME=str(top / "cache")):
         fine_tune(top / "data", out=top / "out", size=64, phases=(Phase("head"), Phase(2, epochs=2, views=2)))
+        command = [Path(sys.executable).with_name("sft-course"), "evaluate", top / "out", top / "data"]
+        subprocess.run([*command, "--report", top / "other.html"], check=True, stdout=subprocess.DEVNULL)
     assert json.loads((top / "out" / "card.json").read_text())["classes"] == sorted(HOSTILE)
-    return top / "out" / "report.html"
+    return {"fit": top / "out" / "report.html", "evaluate": top / "other.html"}
 
 
+@pytest.mark.parametrize("made_by", ["fit", "evaluate"])
 @pytest.mark.parametrize("width, scheme", WAYS, ids=[f"{w}-{s}" for w, s in WAYS])
-def test_the_report(browser, report, shot, width, scheme):
+def test_the_report(browser, reports, shot, width, scheme, made_by):
+    report = reports[made_by]
     context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme, is_mobile=False)
     page, asked, complaints = context.new_page(), [], []
     page.on("request", lambda r: asked.append(r.url))
@@ -43,7 +50,7 @@ def test_the_report(browser, report, shot, width, scheme):
     page.goto(report.as_uri())
     for summary in page.locator("summary").all():
         summary.click()
-    page.screenshot(path=shot(f"report-{width}-{scheme}"), full_page=True)
+    page.screenshot(path=shot(f"report-{made_by}-{width}-{scheme}"), full_page=True)
     assert complaints == []
     assert [u for u in asked if not u.startswith(("file://", "data:"))] == []
     inner, wide = page.evaluate("() => [document.documentElement.clientWidth, document.documentElement.scrollWidth]")
@@ -56,9 +63,10 @@ def test_the_report(browser, report, shot, width, scheme):
     context.close()
 
 
-def test_images_of_the_report_are_drawn_and_have_words(browser, report):
+@pytest.mark.parametrize("made_by", ["fit", "evaluate"])
+def test_images_of_the_report_are_drawn_and_have_words(browser, reports, made_by):
     page = browser.new_page()
-    page.goto(report.as_uri())
+    page.goto(reports[made_by].as_uri())
     for image in page.locator("img").all():
         assert image.evaluate("i => i.complete && i.naturalWidth > 0") and len(image.get_attribute("alt")) > 15
     for drawing in page.locator("svg").all():

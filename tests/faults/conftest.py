@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from forks import Forks, pictures
 
 
 @dataclass
@@ -79,6 +80,20 @@ def fault():
 def times():
     "How many times as many random faults are to be tried."
     return 10 if os.environ.get("FAULTS") == "long" else 1
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    "A process that forks one child for each run."
+    f = Forks(tmp_path_factory.mktemp("said"))
+    yield f
+    f.end()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    "Pictures that those runs learn from."
+    return pictures(tmp_path_factory.mktemp("data") / "pictures")
 
 
 @pytest.fixture(scope="session")

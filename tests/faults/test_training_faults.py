@@ -9,7 +9,7 @@ import subprocess
 import time
 
 import pytest
-from forks import Forks, litter, made, pictures, used
+from forks import litter, made, used
 
 from sft_course.core import SFTError
 from sft_course.loop import read_checkpoint
@@ -20,18 +20,6 @@ def sentence(text):
     "The one sentence of an error, checked for its form."
     assert "\n" not in text and text.endswith(".") and "Traceback" not in text and len(text) < 1000, text
     return text
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    f = Forks(tmp_path_factory.mktemp("said"))
-    yield f
-    f.end()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return pictures(tmp_path_factory.mktemp("data") / "pictures")
 
 
 @pytest.fixture(scope="module")
