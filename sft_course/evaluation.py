@@ -508,11 +508,13 @@ def _recipe_part(card: dict, history: list[dict]) -> str:
     "What was trained, in which phases, and how it went."
     phases = card.get("phases") or []
     shown = [key for key in ("train", "epochs", "lr", "depth_decay", "schedule", "batch_size", "weight_decay", "label_smoothing") if any(key in p for p in phases)]
-    table = _table(["phase", *shown], [[str(i), *("–" if p.get(key) is None else _e(p[key]) for key in shown)] for i, p in enumerate(phases, 1)]) if phases else ""
+    table = _table(["phase", *shown], [[str(i), *("–" if p.get(key) is None or _idle(p, key) else _e(p[key]) for key in shown)] for i, p in enumerate(phases, 1)]) if phases else ""
     size, seconds = (card.get("preprocessing") or {}).get("size"), _number(card.get("seconds"))
     facts = [f"Backbone {_name(card.get('backbone', 'unknown'))} (weights: {_name(card.get('weights', 'unknown'))})", f"pictures of {_e(size)} pixels" if size else "",
              f"{seconds:.0f} seconds" if seconds is not None else "", f"chosen on the held-back pictures: {_e(card['chosen'])}" if card.get("chosen") else ""]
     return _part("Recipe", f"<p>{', '.join(f for f in facts if f)}.</p>", table, _history_svg(history), _history_table(history))
+
+def _idle(phase: dict, key: str) -> bool: return phase.get("train") == "head" and key not in ("train", "epochs")  # L-BFGS asks for no rate
 
 def _history_table(history: list[dict], most: int = 300) -> str:
     if not history: return ""

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['split_at', 'fold_batch_norms', 'fold_for', 'pictures_at_once', 'weights_key', 'lower_code', 'activations',
-           'stage_features', 'EveryStage', 'fit_head', 'HeadChoice', 'choose_head', 'fit_wide_head']
+           'stage_features', 'EveryStage', 'fit_head', 'Rows', 'head_logits', 'HeadChoice', 'choose_head',
+           'fit_wide_head']
 
 # %% ../nbs/05_frozen_head.ipynb #de5ea105
 import copy, hashlib, math, os, re
@@ -361,6 +362,26 @@ def _minimise(V: torch.Tensor, c: torch.Tensor, parts: Callable, labels: torch.T
         return total
     with torch.enable_grad(): solver.step(closure)
     V.requires_grad_(False), c.requires_grad_(False)
+
+# %% ../nbs/05_frozen_head.ipynb #110ca79a
+class Rows:
+    "Rows of arrays (n, d), one array after the other, their first `columns` columns: read when they are asked for, never copied as a whole."
+    def __init__(self, arrays: Sequence, rows: np.ndarray, columns: int | None = None):
+        self.arrays, self.rows, self.shape = arrays, rows, (len(arrays) * len(rows), columns or arrays[0].shape[1])
+
+    def __len__(self) -> int: return self.shape[0]
+
+    def __getitem__(self, at: slice | np.ndarray) -> np.ndarray:
+        which, row = np.divmod(np.arange(len(self))[at], max(len(self.rows), 1))
+        out = np.empty((len(row), self.shape[1]), self.arrays[0].dtype)
+        for k, array in enumerate(self.arrays): out[which == k] = array[self.rows[row[which == k]], :self.shape[1]]
+        return out
+
+# %% ../nbs/05_frozen_head.ipynb #5ba88ffe
+def head_logits(head: tuple[torch.Tensor, torch.Tensor], features) -> torch.Tensor:
+    "Logits (n, classes) of a head (W, b), on its device; `features` as `fit_head` takes them, a piece at a time."
+    W, b = head
+    return torch.cat([_as_float(features, c).to(W) @ W.T + b for c in _chunks(features)]) if len(features) else W.new_zeros(0, len(b))
 
 # %% ../nbs/05_frozen_head.ipynb #d109c6e8
 @dataclass(frozen=True)

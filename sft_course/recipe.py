@@ -20,7 +20,7 @@ from .core import SFTError, Settings, load_settings, open_dataset, pick_device, 
 from .data import Catalog, decode_once, decoded_size, look, plain_view, random_view, read_picture, scan
 from .backbones import Backbone, misfits, new_head, open_backbone
 from .loop import Diverged, Score, batches, copy_state, fit, predict_logits, read_checkpoint, score
-from .freezing import EveryStage, HeadChoice, activations, choose_head, fit_wide_head, fold_for, pictures_at_once, split_at, stage_features
+from .freezing import EveryStage, HeadChoice, Rows, activations, choose_head, fit_wide_head, fold_for, head_logits, pictures_at_once, split_at, stage_features
 from .unfreezing import first_trainable, freeze_below, param_groups, training_mode
 from .schedules import SCHEDULES, schedule
 from .evaluation import Evaluation, eval_logits, report_html
@@ -196,14 +196,12 @@ def _fit_head(tuner: FineTuner, phase: Phase) -> None:
     lower, y, k = fold_for(stage_features(tuner.backbone), tuner.size), tuner.labels, len(tuner.catalog.classes)
     everything = np.arange(len(tuner.catalog))
     kept = [activations(lower, tuner.backbone, tuner.pixels, tuner.view(v), tuner.size, tuner.cache, everything, tuner.device) for v in (0, 1)]
-    choice = choose_head([f[tuner.train] for f in kept], lower.last, y[tuner.train], k, seed=tuner.seed)
+    choice = choose_head([Rows([f], tuner.train) for f in kept], lower.last, y[tuner.train], k, seed=tuner.seed)
     every = {"last": False, "every": True}.get(phase.looks_at, choice.every_stage)
     def fit(rows, every):
-        x = np.concatenate([f[rows] if every else f[rows, :lower.last] for f in kept])
+        x = Rows(kept, rows, None if every else lower.last)
         return fit_wide_head(x, torch.cat([y[rows]] * 2), k, _decay(choice, every), phase.epochs or 200)
-    def logits(head, rows):
-        W, b = head
-        return sum(torch.from_numpy(f[rows, :W.shape[1]].astype(np.float32)).to(W) @ W.T + b for f in kept) / 2
+    def logits(head, rows): return sum(head_logits(head, Rows([f], rows, head[0].shape[1])) for f in kept) / 2
     last = fit(tuner.train, False)
     head = fit(tuner.train, True) if every else last
     _set_head(tuner.backbone, last)
