@@ -12,7 +12,7 @@ import csv, hashlib, io, json, math, platform, re, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Callable, Iterator
 import numpy as np
 import torch
 import sft_course

@@ -8,7 +8,6 @@ import pytest
 NBS = Path(__file__).parent.parent.parent / "nbs"
 NAMES = [p.stem for p in sorted(NBS.glob("0*.ipynb"))] + ["a2_widgets"]
 
-
 EXERCISE = 'check("00.1"'
 
 
