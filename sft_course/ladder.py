@@ -68,7 +68,7 @@ def climb(rung: str, data: str, lr: float, seed: int) -> dict[str, float]:
 # %% ../nbs/a5_ladder.ipynb #ld000013
 def ladder_runs() -> pd.DataFrame:
     "All recorded runs, a row each: rung, data, lr, seed and what `climb` measured."
-    grid = [{"rung": r, "data": d, "lr": lr, "seed": s} for d in SETS[::-1] for r in RUNGS for lr in RATES.get(r, (0.,)) for s in range(3)]
+    grid = [{"rung": r, "data": d, "lr": lr, "seed": s} for d in SETS for r in RUNGS for lr in RATES.get(r, (0.,)) for s in range(3)]
     uses = (plain_loop, head_loop, exact_head, upper_loop, scheduled_loop, _score_of, ladder_data)
     return recorded("a5_ladder", climb, grid, uses=uses)
 

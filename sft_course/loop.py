@@ -107,9 +107,10 @@ def train_epoch(model: nn.Module, inputs: Callable[[np.ndarray], torch.Tensor], 
 
     `rate(step)` is a factor on every group's own rate, `group["base"]` (at first its `lr`). The losses stay on the device
     until the end. micro: rows at a time; clip: largest norm of the gradient; precision: of autocast; average: an `AveragedModel`.
-    Raises `Diverged` when a loss is not finite: the step that broke it is never part of the weights that are kept.
+    Raises `Diverged` when a loss is not finite; the model then holds the weights with which the epoch began.
     """
     losses, rates, seen, first = [], [], 0, step
+    before = {k: v.detach().clone() for k, v in model.state_dict().items()}
     for rows in order:
         for g in optimizer.param_groups: g["lr"] = g.setdefault("base", g["lr"]) * rate(step)
         def gradients(micro):
@@ -121,7 +122,10 @@ def train_epoch(model: nn.Module, inputs: Callable[[np.ndarray], torch.Tensor], 
         if average is not None: average.update_parameters(model)
         losses.append(loss); rates.append(optimizer.param_groups[-1]["lr"])
         seen, step = seen + len(rows), step + 1
-    return _finite(losses, first, rates) / seen, step
+    try: return _finite(losses, first, rates) / seen, step
+    except Diverged:
+        model.load_state_dict(before)
+        raise
 
 # %% ../nbs/04_loop.ipynb #cc231615
 def average_weights(model: nn.Module, decay: float = .99):
