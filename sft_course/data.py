@@ -373,9 +373,11 @@ def _cut_short(path: str | Path) -> bool:
 # %% ../nbs/01_data.ipynb #5ed7262d
 def _sums_agree(path: str | Path) -> bool:
     "Whether all checksums of a PNG are right, and its end is there."
-    with Image.open(path, formats=["PNG"]) as im:
-        try: im.verify()
-        except Exception: return False
+    try:
+        with Image.open(path, formats=["PNG"]) as im:
+            im.verify()
+    except Exception:
+        return False  # PIL raises many kinds, some already while it opens the file
     return True
 
 # %% ../nbs/01_data.ipynb #37888368

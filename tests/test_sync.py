@@ -26,7 +26,7 @@ def copy(tmp_path_factory):
     (place / ".git").mkdir()  # nbdev looks for the top of a repository
     for command in (["nbdev-export"], ["nbdev-clean"]):
         subprocess.run([BIN / command[0], *command[1:]], cwd=place, check=True, capture_output=True)
-    make = subprocess.run(["make", "readme", "-o", ".venv/.ready", f"BIN={BIN}"], cwd=place, capture_output=True, text=True)
+    make = subprocess.run(["make", "readme", "-o", ".venv/.ready-all", f"BIN={BIN}"], cwd=place, capture_output=True, text=True)
     assert make.returncode == 0, make.stderr
     return place
 
