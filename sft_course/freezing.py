@@ -9,11 +9,11 @@ __all__ = ['head_loop', 'split_at', 'fold_batch_norms', 'fold_for', 'pictures_at
 
 # %% ../nbs/05_frozen_head.ipynb #de5ea105
 import copy, hashlib, math, os, re
-from collections import Counter
+from collections import Counter, OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,9 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from .core import SFTError, load_settings, pick_device, progress, whole_file
-from .data import PixelCache, look, plain_view, random_view
-from .backbones import Backbone, new_head, open_backbone
+from .core import load_settings, own_torch_state, pick_device, progress, SFTError, whole_file
+from .data import look, PixelCache, plain_view, random_view
+from .backbones import Backbone, evaluation_mode, new_head, open_backbone
 from .loop import batches, copy_state, predict_logits, score
 
 # %% ../nbs/05_frozen_head.ipynb #rs050002
@@ -76,16 +76,17 @@ class _StageTracer(fx.Tracer):
 def split_at(backbone: Backbone, stage: int) -> tuple[nn.Module, nn.Module]:
     """(lower, upper): the network as two functions, `upper` beginning with `stages[stage]`. They share its weights.
 
-    Where the network cannot be split there (several tensors would cross), lower is the identity and upper the whole network.
+    Where the network cannot be split there (several tensors would cross, or it cannot be traced), lower is the identity and upper
+    the whole network.
     """
     if stage == 0: return nn.Identity(), backbone.model
     try: return _split(backbone, stage)
-    except (fx.proxy.TraceError, TypeError, ValueError): return nn.Identity(), backbone.model
+    except Exception: return nn.Identity(), backbone.model  # tracing runs the network's own code on stand-ins, which can raise anything
 
 # %% ../nbs/05_frozen_head.ipynb #d3fac429
 def _split(backbone: Backbone, stage: int) -> tuple[nn.Module, nn.Module]:
     units = [m for s in backbone.stages for m in s.modules]
-    nodes = list(_StageTracer(units).trace(backbone.model.eval()).nodes)
+    with evaluation_mode(backbone.model): nodes = list(_StageTracer(units).trace(backbone.model).nodes)
     at = next(i for i, n in enumerate(nodes) if n.op == "call_module" and n.target == backbone.stages[stage].modules[0])
     options = {n: n.args[0] for n in nodes[1:] if n.op == "placeholder"}  # forward's optional arguments, at their defaults
     crossing = {a for n in nodes[at:] for a in n.all_input_nodes} & set(nodes[:at]) - set(options)
@@ -166,7 +167,7 @@ def fold_batch_norms(module: nn.Module, example: torch.Tensor) -> nn.Module:
         for name, m in folded.named_modules(remove_duplicate=False): names.setdefault(m, []).append(name)
         for layer, norm, x in _pairs(folded, example):
             fused, rest = _fuse(layer, norm)
-            if len(names[layer]) == len(names[norm]) == 1 and _agree(rest(fused(x)), norm(layer(x))):
+            if len(names.get(layer, ())) == len(names.get(norm, ())) == 1 and _agree(rest(fused(x)), norm(layer(x))):
                 for old, new in ((layer, fused), (norm, rest)): _replace(folded, names[old][0], new)
         return folded.eval() if _agree(folded(noise), want) else copy.deepcopy(module).eval()
 
@@ -267,7 +268,7 @@ def _headless(model: nn.Module, head: str) -> nn.Module:
 
 def _positions(x: torch.Tensor, axis: int) -> torch.Tensor:
     "(n, positions, channels) of a tensor whose `axis` holds the channels; (n, c) has one position."
-    return x.float().movedim(axis, -1).reshape(len(x), -1, x.shape[axis])
+    return x.float().movedim(axis, -1).reshape(x.shape[0], -1, x.shape[axis])
 
 # %% ../nbs/05_frozen_head.ipynb #349dc41c
 def _moments(x: torch.Tensor, axis: int) -> torch.Tensor:
@@ -278,37 +279,87 @@ def _moments(x: torch.Tensor, axis: int) -> torch.Tensor:
     return torch.cat([mean[:, 0], x.amax(1), var.clamp_min(1e-12).sqrt()], 1)  # the square root has no slope at zero
 
 # %% ../nbs/05_frozen_head.ipynb #9c03f3a5
+def _with_hooks(model: nn.Module, hooks: Mapping[str, Callable]) -> nn.Module:
+    "A copy of the tree of modules that shares all weights, in which the named modules call these hooks; nothing is set on `model`."
+    twin = copy.copy(model)
+    twin._modules, twin._forward_hooks = dict(model._modules), OrderedDict(model._forward_hooks)
+    inner: dict[str, dict[str, Callable]] = {}
+    for name, hook in hooks.items():
+        first, _, rest = name.partition(".")
+        if first: inner.setdefault(first, {})[rest] = hook
+        else: twin.register_forward_hook(hook)
+    for first, below in inner.items(): twin._modules[first] = _with_hooks(model._modules[first], below)
+    return twin
+
+# %% ../nbs/05_frozen_head.ipynb #5bfea7c1
 class _StageFeatures(nn.Module):
-    "See `stage_features`. `head` and `taps`: names of modules, each with the axis that holds the channels."
+    """See `stage_features`. `head` and `taps`: names of modules, each with the axis that holds the channels. `model` is the network
+    without its head; once `traced`, its output are the features."""
     def __init__(self, model: nn.Module, head: tuple[str, int], taps: Sequence[tuple[str, int]], last: int, columns: int):
         super().__init__()
-        self.model, self.head, self.taps, self.last, self.columns = _headless(model, head[0]), head, tuple(taps), last, columns
+        self.kind, self.model, self.traced = type(model).__name__, _headless(model, head[0]), False
+        self.head, self.taps, self.last, self.columns = head, tuple(taps), last, columns
 
     @property
-    def code(self) -> str: return f"{type(self.model).__name__} {self.head} {self.taps}"
+    def code(self) -> str: return f"{self.kind} {self.head} {self.taps}"
+
+    def gather(self, given, made: Mapping[str, Any]):
+        "The features, from what the head is given and what the stages make."
+        return torch.cat([_positions(given, self.head[1]).mean(1), *(_moments(made[name], axis) for name, axis in self.taps)], 1)
 
     def forward(self, x):
+        if self.traced: return self.model(x)
         made = {}
-        def keep(name, make): return self.model.get_submodule(name).register_forward_hook(lambda m, args, out: made.update({name: make(args, out)}))
-        hooks = [keep(self.head[0], lambda args, out: _positions(args[0], self.head[1]).mean(1))]
-        hooks += [keep(name, lambda args, out, axis=axis: _moments(out, axis)) for name, axis in self.taps]
-        try: self.model(x)
-        finally:
-            for h in hooks: h.remove()
-        return torch.cat([made[name] for name, _ in (self.head, *self.taps)], 1)
+        def keep(name): return lambda m, args, out: made.update({name: out})
+        hooks = {name: keep(name) for name, _ in self.taps}
+        _with_hooks(self.model, hooks | {self.head[0]: lambda m, args, out: made.update(given=args[0])})(x)
+        return self.gather(made["given"], made)
+
+# %% ../nbs/05_frozen_head.ipynb #5bfea7c2
+def _trace(features: _StageFeatures, units: Sequence[str]) -> fx.GraphModule:
+    "The network as a graph whose output are the features, the same entries in its `state_dict`."
+    graph = _StageTracer(units).trace(features.model)
+    calls = {n.target: n for n in graph.nodes if n.op == "call_module"}  # of a module that runs twice, the last
+    out = next(n for n in graph.nodes if n.op == "output")
+    steps = fx.proxy.GraphAppendingTracer(graph)
+    with graph.inserting_before(out):
+        made = {name: fx.Proxy(calls[name], steps) for name, _ in features.taps}
+        out.args = (features.gather(fx.Proxy(calls[features.head[0]].args[0], steps), made).node,)
+    traced = _as_module(features.model, graph)
+    if traced.state_dict().keys() != features.model.state_dict().keys(): raise ValueError("a part with weights is not in the graph")
+    return traced
+
+def _as_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    "A module of the graph without what leads nowhere. It knows nothing of the tracer, so it can be pickled and read without this package."
+    plain = fx.Graph()
+    plain.output(plain.graph_copy(graph, {}))
+    module = fx.GraphModule(root, plain)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+def _traced_where_equal(features: _StageFeatures, units: Sequence[str], x: torch.Tensor) -> _StageFeatures:
+    "The features with the traced network in place, if it makes the same numbers of `x`; as they are if it does not or cannot be traced."
+    try:
+        with evaluation_mode(features), torch.no_grad():
+            traced = _trace(features, units)
+            if not torch.equal(traced(x), features(x)): return features
+    except Exception:  # tracing runs the network's own code on stand-ins, which can raise anything
+        return features
+    features.model, features.traced = traced, True
+    return features
 
 # %% ../nbs/05_frozen_head.ipynb #eea2e456
 def _shapes(backbone: Backbone, names: Sequence[str]) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
     "Shape of what the head is given, and of what each named module that runs before it makes, for one picture."
-    at, made, given = backbone.model.get_submodule, {}, []
-    hooks = [backbone.head.register_forward_pre_hook(lambda m, args: given.append(tuple(args[0].shape)))]
+    made, given = {}, []
     def keep(n): return lambda m, args, out: None if given else made.update({n: tuple(getattr(out, "shape", ()))})
-    hooks += [at(n).register_forward_hook(keep(n)) for n in names]
-    x = torch.zeros(1, 3, backbone.size, backbone.size, device=backbone.head.weight.device)
-    try: predict_logits(backbone.model, lambda rows: x, 1)
-    finally:
-        for h in hooks: h.remove()
+    hooks = {n: keep(n) for n in names} | {backbone.stages[-1].modules[-1]: lambda m, args, out: given.append(tuple(args[0].shape))}
+    predict_logits(_with_hooks(backbone.model, hooks), lambda rows: _one_picture(backbone, torch.zeros), 1)
     return given[-1], made
+
+def _one_picture(backbone: Backbone, make: Callable) -> torch.Tensor:
+    return make(1, 3, backbone.size, backbone.size).to(backbone.head.weight.device)
 
 # %% ../nbs/05_frozen_head.ipynb #e44e02ae
 def _taps(backbone: Backbone, made: dict[str, tuple[int, ...]]) -> list[tuple[str, int]]:
@@ -323,26 +374,43 @@ def _taps(backbone: Backbone, made: dict[str, tuple[int, ...]]) -> list[tuple[st
     return [with_positions[-1] for with_positions in found if with_positions]
 
 # %% ../nbs/05_frozen_head.ipynb #5cd96c07
+@own_torch_state()
 def stage_features(backbone: Backbone) -> nn.Module:
     """A module that makes of pictures (n, 3, s, s) float32 (n, d): first what the head is given, `.last` columns, then mean, max
     and standard deviation over positions of each stage's output. One forward pass; `.columns` is d; the weights are shared.
 
-    A stage whose output has no positions adds nothing. Source: Evci et al. 2022, Head2Toe.
+    A stage whose output has no positions adds nothing. Any number of threads may use it at once; where the network can be traced, it can be
+    compiled and exported. Source: Evci et al. 2022, Head2Toe.
     """
     given, made = _shapes(backbone, [m for s in backbone.stages[:-1] for m in s.modules])
     axis, taps = 1 if isinstance(backbone.head, nn.Conv2d) else len(given) - 1, _taps(backbone, made)
     columns = given[axis] + 3 * sum(made[name][a] for name, a in taps)
-    return _StageFeatures(backbone.model, (backbone.stages[-1].modules[-1], axis), taps, given[axis], columns)
+    features = _StageFeatures(backbone.model, (backbone.stages[-1].modules[-1], axis), taps, given[axis], columns)
+    noise = _one_picture(backbone, lambda *shape: torch.rand(shape, generator=torch.Generator().manual_seed(0)))
+    return _traced_where_equal(features, [m for s in backbone.stages for m in s.modules], noise)
 
 # %% ../nbs/05_frozen_head.ipynb #4407ec1b
 class EveryStage(nn.Module):
-    "A network whose logits (n, classes) are a linear layer, `.linear`, on `stage_features(backbone)`, `.features`."
+    """A network whose logits (n, classes) are a linear layer, `.linear`, on `stage_features(backbone)`, `.features`.
+
+    Names in its `state_dict`: `linear.weight`, `linear.bias`, and `features.model.` before the network's own names, without its head.
+    """
+    @own_torch_state()
     def __init__(self, backbone: Backbone, classes: int):
         super().__init__()
         self.features = stage_features(backbone)
         self.linear = nn.Linear(self.features.columns, classes, device=backbone.head.weight.device)
 
     def forward(self, x): return self.linear(self.features(x))
+
+    def plain(self) -> nn.Module:
+        "The same function, sharing weights and their names, as a graph of torch's; the module itself where the network cannot be traced."
+        if not self.features.traced: return self
+        with evaluation_mode(self): return _as_module(self, _Opener().trace(self))
+
+class _Opener(fx.Tracer):
+    "Traces into the course's own modules, and not into the network's."
+    def is_leaf_module(self, m, name): return name not in ("features", "features.model")
 
 # %% ../nbs/05_frozen_head.ipynb #e96327f8
 def _as_float(features, rows: slice | np.ndarray = slice(None)) -> torch.Tensor:
