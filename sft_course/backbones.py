@@ -34,15 +34,17 @@ def load_weights(model: nn.Module, path: str | Path, head: str | None = None) ->
     """Load weights from a file, executing nothing in it; returns a sentence that says what fitted and what did not.
 
     path: a `.safetensors`, `.pth`, `.pt`, `.bin` or `.ckpt` file, or a folder with `model.safetensors`, such as an artifact.
-    head: name of the layer that makes the logits (None: as timm says, else the last that is defined). One for other classes is left out.
+    head: name of the layer that makes the logits (None: as timm says, else the last that is defined). One for other
+    classes is left out.
     Raises `SFTError` where there are no weights in it, or too few of them fit.
     """
     file = _weights_file(expanded(path))
     tables = list(_tables(found := _read(file)))
     if not tables:
-        raise SFTError(f"weights {file}: not a file of tensors (it holds an object of type {type(found).__name__}); {_GIVE}.")
+        kind = type(found).__name__
+        raise SFTError(f"weights {file}: not a file of tensors (it holds an object of type {kind}); {_GIVE}.")
     fit = _best_fit(model, tables, head or _likely_head(model))
-    if wrong := fit.refusal():
+    if wrong := _refusal(fit):
         raise SFTError(f"weights {file}: {wrong}; give the weights of the same model.")
     model.load_state_dict(fit.given, strict=False)
     return f"weights {file.name}: {_said(fit)}."
@@ -59,13 +61,15 @@ def _weights_file(path: Path) -> Path:
     names = ("model.safetensors", "pytorch_model.bin")
     file = next((path / n for n in names if (path / n).is_file()), path)
     if not file.is_file():
-        raise SFTError(f"weights {path}: there is no such file; give a .safetensors, .pth or .pt file, or a folder with model.safetensors.")
+        raise SFTError(f"weights {path}: there is no such file; "
+                       "give a .safetensors, .pth or .pt file, or a folder with model.safetensors.")
     return file
 
 def _first_line(e: Exception) -> str:
     "What an exception says, short enough for a sentence."
     return next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)[:100].strip(" .:")
 
+# %% ../nbs/02_backbones.ipynb #0cc65071
 def _likely_head(model: nn.Module) -> str:
     "The layer that timm calls the classifier, else the last linear or convolutional layer that is defined."
     name = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
@@ -87,6 +91,7 @@ def _empty_classes(path: Path) -> list[tuple[type, str]]:
         return []
     return [(type(name, (_Nothing,), {}), name) for name in names]
 
+# %% ../nbs/02_backbones.ipynb #f4a5aac2
 def _read(path: Path) -> Any:
     "What a file of weights holds; nothing in it is executed."
     try:
@@ -129,60 +134,61 @@ class _Fit:
     found: dict[str, torch.Tensor]
     given: dict[str, torch.Tensor]
 
-    @property
     def body(self) -> list[str]:
-        "Entries of the network outside its head; the counters of batch norms, which decide nothing, are left out."
-        return [n for n in self.want if not n.startswith(self.head + ".") and not n.endswith("num_batches_tracked")]
+        "Entries outside the head. The counters of batch norms decide nothing and are left out."
+        return [n for n in self.want if not n.startswith(self.head + ".") and not _counts(n)]
 
-    @property
-    def deeper(self) -> int:
-        "How many numbers the file has for parts of the network that are not there, as the weights of a deeper one do."
-        parts = {n.partition(".")[0] for n in self.body}
-        return sum(t.numel() for n, t in self.found.items() if n not in self.want and "." in n and n.partition(".")[0] in parts)
+    def missing(self) -> list[str]: return [n for n in self.body() if n not in self.given]
 
-    def refusal(self) -> str:
-        "Why these are the weights of another network; empty where they are not."
-        numbers = sum(self.want[n].numel() for n in self.body)
-        missing = [n for n in self.body if n not in self.given]
-        if wrong := next((n for n in missing if n in self.found), None):
-            shapes = (tuple(self.found[wrong].shape), tuple(self.want[wrong].shape))
-            return f"{len(missing)} of {len(self.body)} tensors do not fit this network: {wrong} is {shapes[0]} there and {shapes[1]} here"
-        if len(missing) > .1 * len(self.body) or sum(self.want[n].numel() for n in missing) > .1 * numbers:
-            return f"{len(missing)} of {len(self.body)} tensors do not fit this network, the first that is missing is {missing[0]}"
-        if self.deeper > .1 * numbers:
-            return f"the file has {self.deeper:,} numbers more for the same parts, so its tensors do not fit this network but a deeper one"
-        return ""
+def _counts(name: str) -> bool: return name.endswith("num_batches_tracked")
+
+# %% ../nbs/02_backbones.ipynb #d4d8b593
+def _more(fit: _Fit) -> int:
+    "How many numbers the file has for parts of the network that are not there, as that of a deeper one does."
+    parts = {n.partition(".")[0] for n in fit.body()}
+    more = [t for n, t in fit.found.items() if n not in fit.want and "." in n and n.partition(".")[0] in parts]
+    return sum(t.numel() for t in more)
+
+# %% ../nbs/02_backbones.ipynb #640423af
+def _refusal(fit: _Fit) -> str:
+    "Why these are the weights of another network; empty where they are not."
+    body, missing = fit.body(), fit.missing()
+    numbers, lost = (sum(fit.want[n].numel() for n in names) for names in (body, missing))
+    count = f"{len(missing)} of {len(body)} tensors do not fit this network"
+    if wrong := next((n for n in missing if n in fit.found), None):
+        return f"{count}: {wrong} is {tuple(fit.found[wrong].shape)} there and {tuple(fit.want[wrong].shape)} here"
+    if len(missing) > .1 * len(body) or lost > .1 * numbers:
+        return f"{count}, the first that is missing is {missing[0]}"
+    if (more := _more(fit)) > .1 * numbers:
+        return f"it has {more:,} numbers more for the same parts, so its tensors do not fit this network but a deeper one"
+    return ""
 
 # %% ../nbs/02_backbones.ipynb #72e26884
 def _said(fit: _Fit) -> str:
     "What fitted and what did not, without the full stop."
-    names = [n for n in fit.want if not n.endswith("num_batches_tracked")]
-    missing = [n for n in fit.body if n not in fit.given]
+    names, missing = [n for n in fit.want if not _counts(n)], fit.missing()
     unused = [n for n in fit.found if n not in fit.want and not n.startswith(fit.head + ".")]
-    fitted = sum(n in fit.given for n in names)
-    from_where = [f"from {fit.table!r}"] * bool(fit.table) + [f"without the prefix {fit.prefix!r}"] * bool(fit.prefix)
-    parts = [f"{fitted} of {len(names)} tensors fit" + (f" ({', '.join(from_where)})" if from_where else "")]
+    where = [f"from {fit.table!r}"] * bool(fit.table) + [f"without the prefix {fit.prefix!r}"] * bool(fit.prefix)
+    said = [f"{sum(n in fit.given for n in names)} of {len(names)} tensors fit" + f" ({', '.join(where)})" * bool(where)]
     if f"{fit.head}.weight" not in fit.given:
         head = fit.found.get(f"{fit.head}.weight")
-        parts += ["it holds no head" if head is None else f"its head of {len(head)} classes was left out"]
-    if missing:
-        parts += [f"missing, so left as they were: {len(missing)}, the first is {missing[0]}"]
-    if unused:
-        parts += [f"left unused: {len(unused)}, the first is {unused[0]}"]
-    return "; ".join(parts)
+        said += ["it holds no head" if head is None else f"its head of {len(head)} classes was left out"]
+    for what, which in (("missing, so left as they were", missing), ("left unused", unused)):
+        if which: said += [f"{what}: {len(which)}, the first is {which[0]}"]
+    return "; ".join(said)
 
 # %% ../nbs/02_backbones.ipynb #6d704517
 def _best_fit(model: nn.Module, tables: Sequence[tuple[str, dict[str, torch.Tensor]]], head: str) -> _Fit:
     "The table and the prefix with which most entries of the network are found."
     want = model.state_dict()
-    def rank(table, prefix, hits): return -hits, not _is_average(f"{table}.{prefix}"), len(prefix)
-    found = [(rank(name, prefix, hits), name, prefix, table) for name, table in tables for prefix, hits in _prefixes(want, table).items()]
-    _, name, prefix, table = min(found, key=lambda f: f[0])
+    ways = [(hits, name, prefix, table) for name, table in tables for prefix, hits in _prefixes(want, table).items()]
+    def rank(way): return -way[0], not _is_average(f"{way[1]}.{way[2]}"), len(way[2])
+    _, name, prefix, table = min(ways, key=rank)
     bare = {k[len(prefix):]: v for k, v in table.items() if k.startswith(prefix)}
     bare |= _at_this_size(model, bare)
     given = {n: bare[n] for n in want if n in bare and bare[n].shape == want[n].shape}
-    if misfit := [n for n in want if n.startswith(head + ".") and n not in given]:
-        given = {n: t for n, t in given.items() if not n.startswith(misfit[0].rpartition(".")[0] + ".")}  # no half of a head
+    if any(n.startswith(head + ".") and n not in given for n in want):  # no half of a head
+        given = {n: t for n, t in given.items() if not n.startswith(head + ".")}
     return _Fit(name, prefix, head, want, bare, given)
 
 def _prefixes(want: Mapping[str, torch.Tensor], table: Mapping[str, torch.Tensor]) -> Counter:
@@ -196,16 +202,18 @@ def _prefixes(want: Mapping[str, torch.Tensor], table: Mapping[str, torch.Tensor
                 hits[name[:len(name) - len(bare)]] += 1
     return hits
 
+# %% ../nbs/02_backbones.ipynb #580c9241
 def _at_this_size(model: nn.Module, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     "Position embeddings of a vision transformer, interpolated where it was made for images of another size."
-    here, there, patches = getattr(model, "pos_embed", None), found.get("pos_embed"), getattr(model, "patch_embed", None)
-    if not isinstance(here, torch.Tensor) or there is None or there.dim() != 3 or here.shape == there.shape or not hasattr(patches, "grid_size"):
-        return {}
     from timm.layers import resample_abs_pos_embed
+    here, there = (getattr(t, "shape", None) for t in (getattr(model, "pos_embed", None), found.get("pos_embed")))
+    if not here or not there or here == there:
+        return {}
     tokens = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0)
     try:
-        return {"pos_embed": resample_abs_pos_embed(there, list(patches.grid_size), num_prefix_tokens=tokens)}
-    except (RuntimeError, ValueError):  # not a square of positions: then they do not fit
+        grid = list(model.patch_embed.grid_size)
+        return {"pos_embed": resample_abs_pos_embed(found["pos_embed"], grid, num_prefix_tokens=tokens)}
+    except (AttributeError, RuntimeError, ValueError):  # no square of positions, or another kind: they do not fit
         return {}
 
 # %% ../nbs/02_backbones.ipynb #3bf794e7
@@ -236,7 +244,7 @@ def _to_open(model: nn.Module, units: list[str], head: str, ran: set[str], share
 # %% ../nbs/02_backbones.ipynb #ca61c79b
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    "Evaluation mode inside the block; then every module is in the mode it was in before, which `model.train()` would not know."
+    "Evaluation mode inside the block; then every module is in its own mode again, which `model.train()` would not know."
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -248,8 +256,9 @@ def _order_of_use(model: nn.Module, size: int) -> list[str]:
     "Names of all modules in the order in which a forward pass first meets them."
     seen = []
     hooks = [m.register_forward_pre_hook(lambda *_, name=name: seen.append(name)) for name, m in model.named_modules()]
+    x = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
     try:
-        with torch.no_grad(), evaluation_mode(model): model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+        with torch.no_grad(), evaluation_mode(model): model(x)
     finally:
         for h in hooks: h.remove()
     return list(dict.fromkeys(seen))
@@ -305,8 +314,8 @@ def _gather(model: nn.Module, units: list[str]) -> list[list[str]]:
 # %% ../nbs/02_backbones.ipynb #d38268ea
 @dataclass(frozen=True)
 class Backbone:
-    """A network with its preprocessing (`mean`, `std` of RGB in 0…1, native `size`, `crop` share) and its `stages`; the last is the head.
-    `weights` says which they are, `loaded` what fitted where they came from a file."""
+    """A network with its preprocessing (`mean`, `std` of RGB in 0…1, native `size`, `crop` share) and its `stages`; the last
+    is the head. `weights` says which they are, `loaded` what fitted where they came from a file."""
     name: str
     model: nn.Module
     stages: tuple[Stage, ...]
@@ -324,11 +333,13 @@ class Backbone:
 
 # %% ../nbs/02_backbones.ipynb #5489afa7
 @own_torch_state()
-def open_backbone(name: str = "lite0", weights: str | Path | None = "pretrained", seed: int = 0, size: int | None = None) -> Backbone:
+def open_backbone(name: str = "lite0", weights: str | Path | None = "pretrained", seed: int = 0,
+                  size: int | None = None) -> Backbone:
     """A network by name: `lite0`, any torchvision classifier, any timm model, or `hf-hub:owner/name`.
 
-    weights: `"pretrained"` (bundled for lite0, else the library's own download), None (random, drawn from `seed`), or what `load_weights` takes.
-    size: pixels on a side of the images to come, for the networks that must be made for them; `fitting_size` says whether it suits.
+    weights: `"pretrained"` (bundled for lite0, else the library's own download), None (random, drawn from `seed`), or
+    what `load_weights` takes.
+    size: pixels on a side of the images to come, for networks that must be made for them; `fitting_size` says if it suits.
     Raises `SFTError` for a name that nobody knows, or weights that do not fit or cannot be had.
     """
     import torchvision.models as tv
@@ -360,7 +371,8 @@ def _unknown(name: str) -> SFTError:
     import timm
     from torchvision.models import list_models
     if "/" in name:
-        return SFTError(f"there is no backbone {name!r} in torchvision or timm; write hf-hub:{name} for that of the Hugging Face Hub.")
+        return SFTError(f"there is no backbone {name!r} in torchvision or timm; "
+                        f"write hf-hub:{name} for that of the Hugging Face Hub.")
     near = difflib.get_close_matches(name, sorted({"lite0", *list_models(), *timm.list_models()}), 3)
     return SFTError(f"there is no backbone {name!r} in torchvision or timm; " + (f"did you mean {', '.join(near)}?" if near else "try lite0 or resnet50."))
 
@@ -384,20 +396,22 @@ def _timm(name: str, weights: str | Path | None, size: int | None = None) -> Bac
     if not timm.is_model(timm_name.split(".")[0]): raise _unknown(name)
     headless = {} if timm.get_pretrained_cfg_value(timm_name, "num_classes") else {"num_classes": 1000}
     pretrained = weights == "pretrained" and name != "lite0"
-    def make(**more): return _download(name, lambda: timm.create_model(timm_name, pretrained=pretrained, **headless, **more))
+    def make(**more):
+        return _download(name, lambda: timm.create_model(timm_name, pretrained=pretrained, **headless, **more))
     known = timm.get_pretrained_cfg(timm_name)
     model, at = _for_size(make, size, known.fixed_input_size and known.input_size[-1] if known else None)
     if name == "lite0" and weights == "pretrained":
         model.load_state_dict(dict(zip(model.state_dict(), _lite0_weights().values(), strict=True)))
     cfg = timm.data.resolve_model_data_config(model)
-    return Backbone(name, model, (), cfg["mean"], cfg["std"], at or cfg["input_size"][-1], cfg["crop_pct"], str(weights))
+    own = at or cfg["input_size"][-1]
+    return Backbone(name, model, (), cfg["mean"], cfg["std"], own, cfg["crop_pct"], str(weights))
 
 def _for_size(make: Callable[..., nn.Module], size: int | None, fixed: int | None) -> tuple[nn.Module, int | None]:
-    "The model, made for images of `size` where it takes those of one size (`fixed`) only, and that size; None where it is its own."
+    "The model, made for images of `size` where it takes one size (`fixed`) only, and that size; None where it is its own."
     if fixed and size and size != fixed:
         try:
             return make(img_size=size), size
-        except Exception:  # it has no such argument, or cannot be made that large or small: then at its own size, or the same error again
+        except Exception:  # no such argument, or no such size: then its own size, or the same error again
             pass
     return make(), None
 
@@ -409,24 +423,26 @@ def _name_in_timm(name: str) -> str:
     import timm
     name = name.replace("hf_hub:", "hf-hub:", 1) if name.startswith("hf_hub:") else name
     bare = name.removeprefix("hf-hub:").removeprefix("timm/")
-    return bare if bare != name and timm.is_model(bare.split(".")[0]) and name in (f"hf-hub:timm/{bare}", f"timm/{bare}") else name
+    theirs = name in (f"hf-hub:timm/{bare}", f"timm/{bare}") and timm.is_model(bare.split(".")[0])
+    return bare if theirs else name
 
+# %% ../nbs/02_backbones.ipynb #19288338
 def _from_hub(name: str, weights: str | Path | None, size: int | None) -> Backbone:
     "A network that the Hugging Face Hub, or a folder like those there, describes in its config.json."
     import timm
-    def make(**more): return _download(name, lambda: timm.create_model(name, pretrained=weights == "pretrained", **more))
-    model = make()
+    pretrained = weights == "pretrained"
+    def make(**more): return _download(name, lambda: timm.create_model(name, pretrained=pretrained, **more))
+    model, at = make(), None
     headless = {} if model.num_classes else {"num_classes": 1000}
-    cfg = model.pretrained_cfg
-    fixed = cfg.get("fixed_input_size") and cfg["input_size"][-1]
+    fixed = model.pretrained_cfg.get("fixed_input_size") and model.pretrained_cfg["input_size"][-1]
     if headless or (fixed and size not in (None, fixed)):
         model, at = _for_size(lambda **more: make(**headless, **more), size, fixed)
-    else:
-        at = None
     cfg = timm.data.resolve_model_data_config(model)
-    at = at or cfg["input_size"][-1]
-    return Backbone(_kind(model, at) or name, model, (), cfg["mean"], cfg["std"], at, cfg["crop_pct"], name if weights == "pretrained" else str(weights))
+    own = at or cfg["input_size"][-1]
+    said = name if pretrained else str(weights)
+    return Backbone(_kind(model, own) or name, model, (), cfg["mean"], cfg["std"], own, cfg["crop_pct"], said)
 
+# %% ../nbs/02_backbones.ipynb #192799c3
 def _kind(model: nn.Module, size: int) -> str:
     "timm's name for the architecture, if that name alone makes a network with the same entries; else nothing."
     import timm
@@ -471,24 +487,28 @@ def _cannot_take(model: nn.Module, size: int) -> str:
 
 # %% ../nbs/02_backbones.ipynb #2b3d3406
 @own_torch_state()
-def as_backbone(model: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, size: int | None = None,
-                crop: float | None = None, name: str | None = None) -> Backbone:
+def as_backbone(model: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+                size: int | None = None, crop: float | None = None, name: str | None = None) -> Backbone:
     """A copy of a network as a `Backbone`; the network itself is left as it is.
 
-    mean, std: of the RGB values in 0…1 that it was trained with; size: pixels on a side of its images; crop: share of a side that it
-    looks at. None: what a timm model says of itself, else 224 and 0.875; mean and std must be given.
+    mean, std: of the RGB values in 0…1 that it was trained with; size: pixels on a side of its images; crop: share of a
+    side that it looks at. None: what a timm model says of itself, else 224 and 0.875; mean and std must be given.
     Raises `SFTError` where they are missing, or the module is no classifier of images.
     """
-    own = _own_preprocessing(model) | {k: v for k, v in {"mean": mean, "std": std, "size": size, "crop": crop}.items() if v is not None}
+    given = {"mean": mean, "std": std, "size": size, "crop": crop}
+    own = _own_preprocessing(model) | {k: v for k, v in given.items() if v is not None}
     name = name or _kind(model, own["size"]) or type(model).__name__
     _check_preprocessing(name, own)
     try:
         made = copy.deepcopy(model).cpu().float()
     except Exception as e:
-        raise SFTError(f"backbone {name}: the module cannot be copied ({type(e).__name__}); give one that copy.deepcopy takes.") from None
+        raise SFTError(f"backbone {name}: the module cannot be copied ({type(e).__name__}); "
+                       "give one that copy.deepcopy takes.") from None
     _check_logits(name, made, own["size"])
-    return _staged(Backbone(name, made, (), own["mean"], own["std"], own["size"], own["crop"], f"given {_fingerprint(made)}"), None)
+    known = f"given {_fingerprint(made)}"
+    return _staged(Backbone(name, made, (), own["mean"], own["std"], own["size"], own["crop"], known), None)
 
+# %% ../nbs/02_backbones.ipynb #e8accc0d
 def _own_preprocessing(model: nn.Module) -> dict[str, Any]:
     "What timm keeps with its models; for others the usual size and crop."
     if not getattr(model, "pretrained_cfg", None):
@@ -502,16 +522,22 @@ def _own_preprocessing(model: nn.Module) -> dict[str, Any]:
 def _check_preprocessing(name: str, own: Mapping[str, Any]) -> None:
     "Raise `SFTError` for preprocessing that is missing or cannot be."
     if own.get("mean") is None or own.get("std") is None:
-        raise SFTError(f"backbone {name}: with which mean and std was it trained? Give as_backbone(model, mean=(0.485, 0.456, 0.406), "
-                       "std=(0.229, 0.224, 0.225)) for the usual ones of ImageNet.")
-    def three(v, low): return len(v) == 3 and all(math.isfinite(x) and x > low for x in v)
-    allowed = {"mean": ("three numbers", lambda v: three(v, -math.inf)), "std": ("three numbers above 0", lambda v: three(v, 0)),
-               "size": ("a whole number of pixels", lambda v: v == int(v) and v > 0), "crop": ("a number above 0, at most 1", lambda v: 0 < v <= 1)}
-    for key, (what, ok) in allowed.items():
+        raise SFTError(f"backbone {name}: with which mean and std was it trained? For the usual ones of ImageNet give "
+                       "as_backbone(model, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)).")
+    for key, (what, ok) in _PREPROCESSING.items():
         try: fine = ok(own[key])
         except (TypeError, ValueError, OverflowError): fine = False
         if not fine: raise SFTError(f"backbone {name}: {key} = {own[key]}: not allowed; use {what}.")
 
+def _three(v: Sequence[float], above: float) -> bool:
+    return len(v) == 3 and all(math.isfinite(x) and x > above for x in v)
+
+_PREPROCESSING = {"mean": ("three numbers", lambda v: _three(v, -math.inf)),
+                  "std": ("three numbers above 0", lambda v: _three(v, 0)),
+                  "size": ("a whole number of pixels", lambda v: v == int(v) and v > 0),
+                  "crop": ("a number above 0, at most 1", lambda v: 0 < v <= 1)}
+
+# %% ../nbs/02_backbones.ipynb #d0bd5be8
 def _check_logits(name: str, model: nn.Module, size: int) -> None:
     "Raise `SFTError` where the module does not make logits (n, classes) of images (n, 3, size, size)."
     if next(model.parameters(), None) is None:
@@ -520,11 +546,14 @@ def _check_logits(name: str, model: nn.Module, size: int) -> None:
         with torch.no_grad(), evaluation_mode(model): out = model(torch.zeros(2, 3, size, size))
     except Exception as e:
         why = _first_line(e)
-        raise SFTError(f"backbone {name}: the module takes no images (2, 3, {size}, {size}) ({why}); give the size it takes, as size=.") from None
+        raise SFTError(f"backbone {name}: the module takes no images (2, 3, {size}, {size}) ({why}); "
+                       "give the size it takes, as size=.") from None
     if not isinstance(out, torch.Tensor) or out.dim() != 2 or len(out) != 2:
         what = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-        raise SFTError(f"backbone {name}: of 2 images the module makes {what} and not logits (2, classes); wrap it in one that does.")
+        raise SFTError(f"backbone {name}: of 2 images the module makes {what} and not logits (2, classes); "
+                       "wrap it in one that does.")
 
+# %% ../nbs/02_backbones.ipynb #bd055fe0
 def _fingerprint(model: nn.Module) -> str:
     "A short hash of a network's weights."
     h = hashlib.blake2b(digest_size=6)
