@@ -81,7 +81,7 @@ def split_at(backbone: Backbone, stage: int) -> tuple[nn.Module, nn.Module]:
     """
     if stage == 0: return nn.Identity(), backbone.model
     try: return _split(backbone, stage)
-    except Exception: return nn.Identity(), backbone.model  # tracing runs the network's own code on stand-ins, which can raise anything
+    except Exception: return nn.Identity(), backbone.model  # tracing runs the network's code on stand-ins: anything can come
 
 # %% ../nbs/05_frozen_head.ipynb #d3fac429
 def _split(backbone: Backbone, stage: int) -> tuple[nn.Module, nn.Module]:
@@ -280,7 +280,7 @@ def _moments(x: torch.Tensor, axis: int) -> torch.Tensor:
 
 # %% ../nbs/05_frozen_head.ipynb #9c03f3a5
 def _with_hooks(model: nn.Module, hooks: Mapping[str, Callable]) -> nn.Module:
-    "A copy of the tree of modules that shares all weights, in which the named modules call these hooks; nothing is set on `model`."
+    "A copy of the tree of modules, sharing all weights, whose named modules call these hooks; nothing is set on `model`."
     twin = copy.copy(model)
     twin._modules, twin._forward_hooks = dict(model._modules), OrderedDict(model._forward_hooks)
     inner: dict[str, dict[str, Callable]] = {}
@@ -326,11 +326,12 @@ def _trace(features: _StageFeatures, units: Sequence[str]) -> fx.GraphModule:
         made = {name: fx.Proxy(calls[name], steps) for name, _ in features.taps}
         out.args = (features.gather(fx.Proxy(calls[features.head[0]].args[0], steps), made).node,)
     traced = _as_module(features.model, graph)
-    if traced.state_dict().keys() != features.model.state_dict().keys(): raise ValueError("a part with weights is not in the graph")
+    if traced.state_dict().keys() != features.model.state_dict().keys():
+        raise ValueError("a part with weights is not in the graph")
     return traced
 
 def _as_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    "A module of the graph without what leads nowhere. It knows nothing of the tracer, so it can be pickled and read without this package."
+    "A module of the graph without what leads nowhere. It does not name our tracer, so it can be read without this package."
     plain = fx.Graph()
     plain.output(plain.graph_copy(graph, {}))
     module = fx.GraphModule(root, plain)
@@ -339,12 +340,12 @@ def _as_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     return module
 
 def _traced_where_equal(features: _StageFeatures, units: Sequence[str], x: torch.Tensor) -> _StageFeatures:
-    "The features with the traced network in place, if it makes the same numbers of `x`; as they are if it does not or cannot be traced."
+    "The features with the traced network in place, if it makes the same numbers of `x`; else as they are."
     try:
         with evaluation_mode(features), torch.no_grad():
             traced = _trace(features, units)
             if not torch.equal(traced(x), features(x)): return features
-    except Exception:  # tracing runs the network's own code on stand-ins, which can raise anything
+    except Exception:  # tracing runs the network's code on stand-ins: anything can come
         return features
     features.model, features.traced = traced, True
     return features
@@ -354,7 +355,8 @@ def _shapes(backbone: Backbone, names: Sequence[str]) -> tuple[tuple[int, ...], 
     "Shape of what the head is given, and of what each named module that runs before it makes, for one picture."
     made, given = {}, []
     def keep(n): return lambda m, args, out: None if given else made.update({n: tuple(getattr(out, "shape", ()))})
-    hooks = {n: keep(n) for n in names} | {backbone.stages[-1].modules[-1]: lambda m, args, out: given.append(tuple(args[0].shape))}
+    def head(m, args, out): given.append(tuple(args[0].shape))
+    hooks = {n: keep(n) for n in names} | {backbone.stages[-1].modules[-1]: head}
     predict_logits(_with_hooks(backbone.model, hooks), lambda rows: _one_picture(backbone, torch.zeros), 1)
     return given[-1], made
 
@@ -379,8 +381,8 @@ def stage_features(backbone: Backbone) -> nn.Module:
     """A module that makes of pictures (n, 3, s, s) float32 (n, d): first what the head is given, `.last` columns, then mean, max
     and standard deviation over positions of each stage's output. One forward pass; `.columns` is d; the weights are shared.
 
-    A stage whose output has no positions adds nothing. Any number of threads may use it at once; where the network can be traced, it can be
-    compiled and exported. Source: Evci et al. 2022, Head2Toe.
+    A stage whose output has no positions adds nothing. Any number of threads may use it at once; where the network can be
+    traced, it can be compiled and exported. Source: Evci et al. 2022, Head2Toe.
     """
     given, made = _shapes(backbone, [m for s in backbone.stages[:-1] for m in s.modules])
     axis, taps = 1 if isinstance(backbone.head, nn.Conv2d) else len(given) - 1, _taps(backbone, made)
@@ -393,7 +395,7 @@ def stage_features(backbone: Backbone) -> nn.Module:
 class EveryStage(nn.Module):
     """A network whose logits (n, classes) are a linear layer, `.linear`, on `stage_features(backbone)`, `.features`.
 
-    Names in its `state_dict`: `linear.weight`, `linear.bias`, and `features.model.` before the network's own names, without its head.
+    Names in its `state_dict`: `linear.weight`, `linear.bias`, and the network's own (but for its head) after `features.model.`
     """
     @own_torch_state()
     def __init__(self, backbone: Backbone, classes: int):
@@ -404,7 +406,7 @@ class EveryStage(nn.Module):
     def forward(self, x): return self.linear(self.features(x))
 
     def plain(self) -> nn.Module:
-        "The same function, sharing weights and their names, as a graph of torch's; the module itself where the network cannot be traced."
+        "The same function, sharing weights and their names, as a graph of torch's; itself where the network cannot be traced."
         if not self.features.traced: return self
         with evaluation_mode(self): return _as_module(self, _Opener().trace(self))
 
