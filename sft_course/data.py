@@ -305,6 +305,8 @@ import functools, sys, time
 from contextlib import suppress
 from typing import Any, BinaryIO, Callable, Iterable, Sequence
 from PIL import ImageFile
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 # %% ../nbs/01_data.ipynb #06a439bd
 def read_picture(source: str | Path | bytes | BinaryIO | Image.Image | np.ndarray, size: int,
@@ -915,7 +917,10 @@ def _look_alikes(pixels: np.ndarray, rows: np.ndarray | None = None, reach: int 
     prints = _Prints(pixels)
     crowds = _crowds(prints, busy, reach)
     i, j = _near_pairs(prints, np.setdiff1d(busy, np.concatenate([*crowds, []])), reach)
-    pairs = [(int(a), int(b)) for a, b in zip(i, j)]
+    chains = [g for g in _connected(len(pixels), zip(i, j)) if len(g) > CROWD]  # each like a few others, and those like the next
+    loose = ~np.isin(i, np.concatenate([*chains, []]))
+    crowds += chains
+    pairs = [(int(a), int(b)) for a, b in zip(i[loose], j[loose])]
     return pairs + [p for crowd in crowds for p in _standing_out(pixels, crowd)], crowds
 
 def _near_pairs(prints: _Prints, some: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
@@ -944,8 +949,6 @@ def _crowds(prints: _Prints, some: np.ndarray, reach: int, leaders: int = 256) -
 
 def _connected(n: int, pairs: Iterable[tuple[int, int]]) -> list[np.ndarray]:
     "The groups, each sorted, into which pairs connect the numbers below n, in the order of their first."
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
     i, j = np.array(list(pairs), dtype=np.int64).reshape(-1, 2).T
     _, group = connected_components(coo_matrix((np.ones(len(i), bool), (i, j)), shape=(n, n)), directed=False)
     order = np.argsort(group, kind="stable")
