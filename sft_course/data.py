@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'PICTURES', 'JUNK', 'TOOLS', 'THUMBNAILS', 'PARTS', 'FILLERS', 'LEFT_OUT', 'SPLIT_COLUMNS', 'FLAGS', 'YES',
-           'NO', 'IMAGE_KEYS', 'LABEL_KEYS', 'HEIC', 'ONES', 'BLANK', 'Problem', 'printable', 'Catalog', 'hold_back',
-           'add_formats', 'split_named', 'require_enough', 'nothing_left', 'require_test', 'require_parts',
-           'require_whole', 'scan', 'open_data', 'read_picture', 'PixelCache', 'decode_once', 'decoded_size',
-           'difference_hash', 'bits_apart', 'close_hashes', 'leaks_between_parts', 'inspect', 'describe', 'look',
+           'NO', 'IMAGE_KEYS', 'LABEL_KEYS', 'HEIC', 'KEPT', 'ONES', 'BLANK', 'CROWD', 'Problem', 'printable',
+           'Catalog', 'hold_back', 'add_formats', 'split_named', 'require_enough', 'nothing_left', 'require_test',
+           'require_parts', 'require_whole', 'scan', 'open_data', 'read_picture', 'PixelCache', 'decode_once',
+           'decoded_size', 'cache_summary', 'clear_cache', 'evict', 'free_memory', 'require_memory', 'difference_hash',
+           'bits_apart', 'close_hashes', 'find_leaks', 'leaks_between_parts', 'inspect', 'describe', 'look',
            'plain_view', 'random_view', 'turned', 'random_colour', 'recolour', 'channel_stats']
 
 # %% ../nbs/01_data.ipynb #96e67cda
@@ -48,7 +49,7 @@ def _problem(path: str, kind: str, what: str, other: str = "") -> Problem:
     return Problem(path, kind, f"{printable(path)} {what}", other)
 
 # %% ../nbs/01_data.ipynb #97cb3f7c
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two catalogs are equal if they are one: arrays have no single answer to ==
 class Catalog:
     """A folder of n labelled pictures. `files`: n paths relative to `root`; `labels`: int64 (n,), indices into `classes`;
     `part`: str (n,), `train`, `val` (to choose with) or `test` (to report on); `strict`: to leave a file out is an error."""
@@ -993,49 +994,78 @@ def open_data(data: Any, seed: int = 0, cache_dir: str | Path | None = None, val
     if strict: require_whole(found)
     return _divide(found, seed, .2, .2, "val" in further)
 
+# %% ../nbs/01_data.ipynb #d1c0de01
+import functools, sys, time
+from contextlib import suppress
+from typing import Any, BinaryIO, Callable, Iterable, Sequence
+from PIL import ImageFile
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
 # %% ../nbs/01_data.ipynb #06a439bd
-def read_picture(path: str | Path, size: int) -> np.ndarray:
-    """The picture's central square as uint8 (size, size, 3): upright, RGB, transparency on white, shorter side resized.
+def read_picture(source: str | Path | bytes | BinaryIO | Image.Image | np.ndarray, size: int,
+                 levels: tuple[float, float] | None = None) -> np.ndarray:
+    """The central square of an image as uint8 (size, size, 3): upright, RGB, transparency on white, shorter side resized.
 
-    Raises `OSError`, `ValueError` or what else PIL may raise where the file cannot be decoded, is cut off, or is too large to be decoded.
+    source: a path, the bytes of a file, a binary file object, a PIL image, or an array uint8 (h, w), (h, w, 3) or (h, w, 4).
+    levels: in greys of more than 8 bits, the values that become black and white; by default the least and greatest of the image.
+    Raises `OSError`, `ValueError` or what else PIL may raise where it cannot be decoded, is cut off, or is too large to be decoded.
     """
-    with _opened(path) as im:
-        if not _is_large(im, size): return _decoded(im, path, size)
-        with _large, ThreadPoolExecutor(1) as thread: return thread.submit(_decoded, im, path, size).result()
+    return _with_image(source, size, lambda im: _square(im, size, levels))
 
-def _decoded(im: Image.Image, path: str | Path, size: int) -> np.ndarray:
+def _with_image(source, size: int, work: Callable[[Image.Image], Any]) -> Any:
+    "What `work` makes of an image, decoded and whole. Large images wait for one another."
+    if hasattr(source, "read"): source = source.read()
+    with _whole_images_only(), _opened(source) as im:
+        if not _is_large(im, size): return _decoded(im, source, work)
+        with _large, ThreadPoolExecutor(1) as thread: return thread.submit(_decoded, im, source, work).result()
+
+def _decoded(im: Image.Image, source, work: Callable[[Image.Image], Any]) -> Any:
     im.load()
-    if _ends_grey(im) and _cut_short(path): raise ValueError("it is cut off")
-    if im.format == "PNG" and not _sums_agree(path): raise ValueError("it is damaged: a checksum is wrong, or its end is missing")
-    pixels = _square(im, size)
-    im.close()  # gives its memory back before the next large picture is let in
-    return pixels
+    if _ends_grey(im) and _cut_short(source): raise ValueError("it is cut off")
+    if im.format == "PNG" and not _sums_agree(source): raise ValueError("it is damaged: a checksum is wrong, or its end is missing")
+    made = work(im)
+    im.close()  # gives its memory back before the next large image is let in
+    return made
 
 # %% ../nbs/01_data.ipynb #4f714605
-def _square(im: Image.Image, size: int) -> np.ndarray:
+def _is_deep(im: Image.Image) -> bool:
+    "Whether it holds greys of more than 8 bits."
+    return im.mode.startswith("I") or im.mode == "F"
+
+def _square(im: Image.Image, size: int, levels: tuple[float, float] | None = None) -> np.ndarray:
     try: ImageOps.exif_transpose(im, in_place=True)
     except Exception: pass  # where the EXIF is damaged, the picture is not
-    if im.mode.startswith("I") or im.mode == "F": im = _eight_bits(im)
+    if _is_deep(im): im = _eight_bits(im, levels)
     if im.has_transparency_data: im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
     return np.asarray(ImageOps.fit(im if im.mode == "RGB" else im.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
 
 # %% ../nbs/01_data.ipynb #69fa0801
-def _eight_bits(im: Image.Image) -> Image.Image:
-    "16-bit, 32-bit and float greys scaled to 0…255; PIL's own conversion would clip them to white. What is no number becomes black."
-    x = np.asarray(im, dtype=np.float64)
+def _extremes(im: Image.Image) -> tuple[float, float]:
+    "Least and greatest grey of an image, of those that are numbers."
+    x = np.asarray(im)
     known = x[np.isfinite(x)]
     if not known.size: raise ValueError("it holds no number")
-    low, high = (0, 65535) if im.mode.startswith("I;16") else (known.min(), max(known.max(), known.min() + 1))
-    return Image.fromarray(((np.nan_to_num(x, nan=low, posinf=high, neginf=low) - low) / (high - low) * 255).round().clip(0, 255).astype(np.uint8))
+    return float(known.min()), float(known.max())
+
+def _eight_bits(im: Image.Image, levels: tuple[float, float] | None = None) -> Image.Image:
+    "16-bit, 32-bit and float greys, of which `levels` become 0 and 255. What is no number becomes black."
+    own = _extremes(im)
+    low, high = levels or own
+    x = np.nan_to_num(np.asarray(im, dtype=np.float64), nan=low, posinf=high, neginf=low)
+    share = (x - low) / ((high - low) or 1)
+    return Image.fromarray((share.clip(0, 1) * 255).round().astype(np.uint8))
 
 # %% ../nbs/01_data.ipynb #68d3c199
 _large = threading.Lock()  # and a thread of their own: what one thread has freed, the C library does not always give to another
 
-def _opened(path: str | Path) -> Image.Image:
-    "The picture in a file, whatever its name says, if it is one of `FORMATS`; its pixels are not read yet."
-    if not stat.S_ISREG(os.stat(path).st_mode): raise ValueError("it is neither a file nor a folder")
+def _opened(source) -> Image.Image:
+    "The image in a file or its bytes, whatever the name says, if it is one of `FORMATS`; its pixels are not read yet. Or a copy of what was given."
+    if isinstance(source, Image.Image): return _copy_of(source)
+    if isinstance(source, np.ndarray): return _from_array(source)
+    if not isinstance(source, bytes) and not stat.S_ISREG(os.stat(source).st_mode): raise ValueError("it is neither a file nor a folder")
     add_formats()
-    return Image.open(path, formats=[f for f in FORMATS if f in Image.OPEN])
+    return Image.open(_stream(source), formats=[f for f in FORMATS if f in Image.OPEN])
 
 def _is_large(im: Image.Image, size: int) -> bool:
     "Ask for no more pixels than `size` needs; refuse to fill the memory with them; whether a picture must wait in line."
@@ -1045,15 +1075,51 @@ def _is_large(im: Image.Image, size: int) -> bool:
     if w * h > most: raise Image.DecompressionBombError(f"{w * h} pixels")
     return w * h > 1 << 23
 
+# %% ../nbs/01_data.ipynb #d1c0de04
+def _stream(source) -> str | Path | BytesIO:
+    "What PIL can open: a path, or a file in memory."
+    return BytesIO(source) if isinstance(source, bytes) else source
+
+def _copy_of(im: Image.Image) -> Image.Image:
+    "An upright copy: the image that was given stays as it is."
+    try: return ImageOps.exif_transpose(im)
+    except Exception: return im.copy()  # its EXIF is damaged, or it cannot be decoded, which this says too
+
+def _from_array(x: np.ndarray) -> Image.Image:
+    "An array as an image: uint8 greys, RGB or RGBA; other numbers (h, w) are greys of more than 8 bits."
+    if x.size and x.dtype == np.uint8 and (x.ndim == 2 or x.ndim == 3 and x.shape[2] in (3, 4)): return Image.fromarray(x)
+    if x.size and x.ndim == 2 and x.dtype.kind in "iuf": return Image.fromarray(x.astype(np.float32))
+    raise SFTError(f"an array {x.dtype} {x.shape} is no image; give uint8 (h, w), (h, w, 3) or (h, w, 4).")
+
+# %% ../nbs/01_data.ipynb #d1c0de06
+class _Switch:
+    "How many are reading, and what `LOAD_TRUNCATED_IMAGES` was before the first of them."
+    lock = threading.Lock()
+    readers = 0
+    before = False
+
+@contextmanager
+def _whole_images_only():
+    "Files that are cut off are errors meanwhile, whatever the program around us asked of PIL."
+    with _Switch.lock:
+        if not _Switch.readers: _Switch.before = ImageFile.LOAD_TRUNCATED_IMAGES
+        _Switch.readers += 1
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try: yield
+    finally:
+        with _Switch.lock:
+            _Switch.readers -= 1
+            if not _Switch.readers: ImageFile.LOAD_TRUNCATED_IMAGES = _Switch.before
+
 # %% ../nbs/01_data.ipynb #1198e0d1
 def _ends_grey(im: Image.Image) -> bool:
     "Whether the last pixel of a JPEG is the grey that decoders put where nothing is left."
     last = im.getpixel((im.width - 1, im.height - 1)) if im.format in ("JPEG", "MPO") else 0
     return all(v in (127, 128) for v in (last if isinstance(last, tuple) else (last,)))
 
-def _cut_short(path: str | Path) -> bool:
+def _cut_short(source: str | Path | bytes) -> bool:
     "Whether the data of a JPEG end before the picture does, although it has an end mark."
-    data, at = Path(path).read_bytes(), 2
+    data, at = source if isinstance(source, bytes) else Path(source).read_bytes(), 2
     while data[at:at + 2] != b"\xff\xda" and at < len(data): at += 2 + int.from_bytes(data[at + 2:at + 4], "big")
     end = data.find(b"\xff\xd9", at)
     with Image.open(BytesIO(data[:end] + bytes(16)), formats=["JPEG"]) as im:
@@ -1064,10 +1130,10 @@ def _cut_short(path: str | Path) -> bool:
     return False
 
 # %% ../nbs/01_data.ipynb #5ed7262d
-def _sums_agree(path: str | Path) -> bool:
+def _sums_agree(source: str | Path | bytes) -> bool:
     "Whether all checksums of a PNG are right, and its end is there."
     try:
-        with Image.open(path, formats=["PNG"]) as im:
+        with Image.open(_stream(source), formats=["PNG"]) as im:
             im.verify()
     except Exception:
         return False  # PIL raises many kinds, some already while it opens the file
@@ -1097,91 +1163,227 @@ def _why(path: Path, e: Exception) -> tuple[str, str]:
     return "unreadable", "it is cut off" if re.search("cut off|truncated", text, re.I) else text[:80] or type(e).__name__
 
 # %% ../nbs/01_data.ipynb #2ea8879a
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PixelCache:
-    "The decoded pictures of `catalog` (those that could be): `pixels` is uint8 (n, size, size, 3), memory-mapped."
+    """The decoded images of `catalog` (those that could be): `pixels` is uint8 (n, size, size, 3), memory-mapped.
+
+    `key` tells what the files hold and which were read, not where they lie; `digests` are hashes of the files, one each.
+    `levels`: the greys that became black and white, where there are images of more than 8 bits; else None."""
     catalog: Catalog
     pixels: np.ndarray
     key: str
+    levels: tuple[float, float] | None = None
+    digests: tuple[str | None, ...] = ()
 
-def _state(path: Path) -> tuple | None:
-    "What changes when a file is rewritten or made readable; None where it is gone."
+# %% ../nbs/01_data.ipynb #d1c0de09
+def _state(path: Path) -> list | None:
+    "What changes when a file is rewritten, exchanged or made readable; None where it is gone."
     try: s = os.stat(path)
     except (OSError, ValueError): return None
-    return s.st_size, s.st_mtime_ns, os.access(path, os.R_OK)
+    return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, os.access(path, os.R_OK)]
 
-def _fingerprint(c: Catalog, size: int, states: list[tuple | None]) -> str:
-    "Changes when a file is added, removed or rewritten, or when `size`, PIL or this code's version changes."
-    made_by = [2, PIL.__version__, Image.MAX_IMAGE_PIXELS]
-    return hashlib.blake2b(json.dumps([made_by, size, str(c.root.resolve()), list(zip(c.files, states))]).encode(), digest_size=12).hexdigest()
+def _digest(path: Path) -> str | None:
+    "A hash of what a file holds; None where it cannot be read."
+    h = hashlib.blake2b(digest_size=16)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode): return None
+        with open(path, "rb") as f:
+            while part := f.read(1 << 20): h.update(part)
+    except (OSError, ValueError): return None
+    return h.hexdigest()
 
-# %% ../nbs/01_data.ipynb #266ca376
-def decode_once(catalog: Catalog, size: int, cache_dir: str | Path, to_learn: bool = True) -> PixelCache:
-    """Decode every picture to `size` × `size` under `cache_dir`, or find it decoded there.
+def _hashed(what: Any) -> str:
+    return hashlib.blake2b(json.dumps(what).encode(), digest_size=12).hexdigest()
 
-    What cannot be decoded is left out and named among the catalog's problems: kinds unreadable, too large, missing, changed.
-    Raises `SFTError` where too little is left to learn from (or, unless `to_learn`, nothing), or, for a strict catalog, where anything
-    was left out.
-    """
-    states = [_state(catalog.root / f) for f in catalog.files]
-    key = _fingerprint(catalog, size, states)
-    folder = Path(cache_dir) / "pixels" / key
-    found = _cached(folder, len(catalog), size) or _decode(catalog, size, folder, states)
-    bad = {p.path for p in found[0]}
-    good = catalog.keep(np.array([f not in bad for f in catalog.files], bool), found[0])
-    if catalog.strict: require_whole(good)
-    if to_learn: require_enough(good, catalog)
-    elif not len(good): raise nothing_left(good, catalog)
-    return PixelCache(good, found[1], key)
+# %% ../nbs/01_data.ipynb #d1c0de12
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    "What is to be decoded: the files of a catalog, in the state in which they were met, the size, and the levels if they are given."
+    catalog: Catalog
+    size: int
+    levels: tuple[float, float] | None
+    states: list[list | None]
 
-def _cached(folder: Path, n: int, size: int, passing: bool = False) -> tuple[tuple[Problem, ...], np.ndarray] | None:
+    @functools.cached_property
+    def names(self) -> str:
+        "A hash of names and lengths of the files, the size, and what decodes them."
+        made_by = [3, PIL.__version__, Image.MAX_IMAGE_PIXELS]
+        return _hashed([made_by, self.size, [(f, s and s[0]) for f, s in zip(self.catalog.files, self.states)]])
+
+    @functools.cached_property
+    def seen(self) -> str:
+        "The name of the mark that these very files, in this place and state, were found to hold what was decoded."
+        return _hashed([self.names, str(self.catalog.root.resolve()), self.states, self.levels]) + ".seen"
+
+    @property
+    def settled(self) -> bool:
+        "Whether the youngest file is older than the clocks of file systems are coarse."
+        return time.time() - max((s[2] for s in self.states if s), default=0) / 1e9 > 2
+
+# %% ../nbs/01_data.ipynb #d1c0de13
+@dataclass(frozen=True, eq=False)
+class _Decoded:
+    "What a folder of the cache holds. `given`: the levels were not found on these files; `deep`: those that needed them."
+    folder: Path
+    pixels: np.ndarray
+    problems: tuple[Problem, ...]
+    passing: bool
+    digests: list[str | None]
+    levels: tuple[float, float] | None
+    given: bool
+    deep: list[str]
+
+    def suits(self, levels: tuple[float, float] | None) -> bool:
+        "Whether it is what comes out with these levels."
+        return not self.deep or (self.levels == levels if levels else not self.given)
+
+def _cached(folder: Path, asked: _Asked, passing: bool = False) -> _Decoded | None:
     "What `_decode` wrote; None where there is nothing, or it is damaged, or, unless `passing`, holds findings that may have passed."
     try:
         said = json.loads((folder / "left_out.json").read_text())
-        bad, pixels = tuple(Problem(**p) for p in said["problems"]), np.load(folder / "pixels.npy", mmap_mode="r")
-    except (OSError, EOFError, ValueError, KeyError, TypeError): return None
-    right = pixels.shape == (n - len(bad), size, size, 3) and pixels.dtype == np.uint8
-    return (bad, pixels) if right and (passing or not said["passing"]) else None
+        problems = tuple(Problem(**p) for p in said.pop("problems"))
+        levels = tuple(map(float, said.pop("levels") or ())) or None
+        found = _Decoded(folder, np.load(folder / "pixels.npy", mmap_mode="r"), problems, levels=levels, **said)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError): return None
+    n, side = len(asked.catalog), asked.size
+    right = found.pixels.shape == (n - len(problems), side, side, 3) and found.pixels.dtype == np.uint8 and len(found.digests) == n
+    return found if right and (passing or not found.passing) else None
+
+# %% ../nbs/01_data.ipynb #266ca376
+def decode_once(catalog: Catalog, size: int, cache_dir: str | Path, to_learn: bool = True,
+                levels: tuple[float, float] | None = None, budget_bytes: float | None = None) -> PixelCache:
+    """Decode every image to `size` × `size` under `cache_dir`, or find it decoded there.
+
+    What cannot be decoded is left out and named among the catalog's problems: kinds unreadable, too large, missing, changed.
+    levels: for greys of more than 8 bits, the values that become black and white; by default the range found over all files.
+    budget_bytes: what the cache may hold; where something was written, what was not used for longest goes (see `evict`).
+    Raises `SFTError` where too little is left to learn from (or, unless `to_learn`, nothing), or, for a strict catalog, where anything
+    was left out.
+    """
+    if size < 1: raise SFTError(f"size = {size}: not allowed; use a whole number of pixels above 0.")
+    asked = _Asked(catalog, size, levels and tuple(map(float, levels)), [_state(catalog.root / f) for f in catalog.files])
+    found = _found(asked, Path(cache_dir) / "pixels") or _decode(asked, Path(cache_dir) / "pixels")
+    if budget_bytes is not None: evict(cache_dir, budget_bytes, keep=(found.folder,))
+    bad = {p.path for p in found.problems}
+    read = np.array([f not in bad for f in catalog.files], bool)
+    good = catalog.keep(read, found.problems + _deep_note(found))
+    if catalog.strict: require_whole(good)
+    if to_learn: require_enough(good, catalog)
+    elif not len(good): raise nothing_left(good, catalog)
+    return PixelCache(good, found.pixels, found.folder.name, found.levels, tuple(d for d, r in zip(found.digests, read) if r))
+
+def _deep_note(found: _Decoded) -> tuple[Problem, ...]:
+    "That deep greys were scaled, and how: a note, nothing is left out."
+    if not found.levels: return ()
+    text = "is one of {} images of more than 256 greys: {:g} became black and {:g} white, in all of them alike."
+    return (_problem(found.deep[0], "deep greys", text.format(len(found.deep), *found.levels)),)
+
+# %% ../nbs/01_data.ipynb #d1c0de15
+def _found(asked: _Asked, place: Path) -> _Decoded | None:
+    "What was decoded from the same files, wherever they lay."
+    there = sorted(place.glob(f"{asked.names}-*"))
+    for folder in there:
+        if (folder / asked.seen).exists() and (found := _cached(folder, asked)): return _used(found, asked)
+    digests = _digests(asked.catalog) if there else []
+    for folder in there:
+        found = _cached(folder, asked)
+        if found and found.digests == digests and found.suits(asked.levels): return _used(found, asked)
+    return None
+
+def _digests(c: Catalog) -> list[str | None]:
+    with ThreadPoolExecutor() as pool, progress(pool.map(_digest, [c.root / f for f in c.files]), total=len(c), desc="compare") as bar: return list(bar)
+
+def _used(found: _Decoded, asked: _Asked) -> _Decoded:
+    "Notes that it was used now, and by which files, for the quick check next time."
+    with suppress(OSError):  # a cache that one may only read is a cache
+        if asked.settled: (found.folder / asked.seen).touch()
+        os.utime(found.folder)
+    return found
 
 # %% ../nbs/01_data.ipynb #5d0a3942
-def _decode_one(root: Path, f: str, size: int, before: tuple | None) -> tuple[np.ndarray | Problem, bool]:
-    "The pixels of a file, or what is wrong with it, and whether that may pass."
-    path, passing = root / f, False
-    try: found = read_picture(path, size)
+def _decode_one(root: Path, f: str, asked: _Asked, levels: tuple[float, float] | None, before: list | None):
+    "The pixels of a file, or what is wrong with it; whether that may pass; and the hash of the file."
+    path, passing, digest = root / f, False, _digest(root / f)
+    try:
+        found = read_picture(path, asked.size, levels)
+        passing = digest is None
     except Exception as e:
         kind, reason = _why(path, e) if os.path.isfile(path) else ("missing", "it is no longer there")
         passing = isinstance(e, MemoryError) or isinstance(e, OSError) and e.errno not in (None, errno.ENOENT, errno.EACCES, errno.ENAMETOOLONG)
         found = _problem(f, kind, f"cannot be read as a picture ({reason}); it was left out.")
-    if _state(path) == before: return found, passing
-    return _problem(f, "changed", "changed or vanished while it was read; it was left out, so look at it and run again."), True
+    now = _state(path)
+    if now == before or now and digest and _digest(path) == digest: return found, passing, digest
+    return _problem(f, "changed", "changed or vanished while it was read; it was left out, so look at it and run again."), True, digest
+
+# %% ../nbs/01_data.ipynb #d1c0de17
+def _holds_deep_greys(path: Path) -> bool:
+    "Whether a file holds greys of more than 8 bits. What cannot be read will be named when it is decoded."
+    with suppress(Exception):
+        if not stat.S_ISREG(os.stat(path).st_mode): return False
+        with open(path, "rb") as f:
+            if f.read(2) == b"\xff\xd8": return False  # a JPEG never does
+        with _opened(path) as im: return _is_deep(im)
+    return False
+
+def _range_of(path: Path, size: int) -> tuple[float, float] | None:
+    "Least and greatest grey of a file."
+    with suppress(Exception): return _with_image(path, size, _extremes)
+    return None
+
+def _levels_for(asked: _Asked, deep: list[str], pool: ThreadPoolExecutor) -> tuple[float, float] | None:
+    "The levels that are given, else the range over all deep images; None where there are none."
+    if asked.levels or not deep: return asked.levels if deep else None
+    with progress(pool.map(lambda f: _range_of(asked.catalog.root / f, asked.size), deep), total=len(deep), desc="grey levels") as bar:
+        known = [r for r in bar if r]
+    return (min(low for low, _ in known), max(high for _, high in known)) if known else None
 
 # %% ../nbs/01_data.ipynb #2bf739c5
-def _decode(c: Catalog, size: int, folder: Path, states: list) -> tuple[tuple[Problem, ...], np.ndarray]:
-    "Write pixels.npy and left_out.json into a new folder beside `folder`, then rename: never half a cache."
+def _decode(asked: _Asked, place: Path) -> _Decoded:
+    "Write pixels.npy and left_out.json into a new folder in `place`, then rename: never half a cache."
     temp = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
-        bad, passing = _decode_all(c, size, states, temp / "raw")
-        _finish(temp, len(c) - len(bad), size, bad, passing)
+        place.mkdir(parents=True, exist_ok=True)
+        _require_disk(asked, place)
+        temp = Path(tempfile.mkdtemp(dir=place, prefix=".new-"))
+        said = _decode_all(asked, temp / "raw")
+        lost = [p["path"] for p in said["problems"]]
+        folder = place / f"{asked.names}-{_hashed([said['digests'], lost, said['levels']])}"
+        _finish(temp, len(asked.catalog) - len(lost), asked, said)
         shutil.rmtree(folder, ignore_errors=True)
         try: temp.rename(folder)
         except OSError:
             if not folder.exists(): raise  # another process may have finished the same cache first
-        return _cached(folder, len(c), size, passing=True)
+        return _cached(folder, asked, passing=True)
     except OSError as e:
-        raise SFTError(f"{folder.parent}: decoded pictures cannot be kept there ({e.strerror or e}); make room, or set another `cache` in settings.ini.") from None
+        raise SFTError(f"{place}: decoded pictures cannot be kept there ({e.strerror or e}); make room, or set another `cache` in settings.ini.") from None
     finally: temp and shutil.rmtree(temp, ignore_errors=True)
 
-def _decode_all(c: Catalog, size: int, states: list, raw: Path) -> tuple[list[Problem], bool]:
-    bad, passing = [], False
-    with _quiet(), ThreadPoolExecutor() as pool, open(raw, "wb") as out, progress(total=len(c), desc="decode") as bar:
-        for i in range(0, len(c), 512):  # so many wait in memory at most
-            for x, may_pass in pool.map(lambda k: _decode_one(c.root, c.files[k], size, states[k]), range(i, min(i + 512, len(c)))):
-                bad.append(x) if isinstance(x, Problem) else out.write(x.tobytes())
-                passing |= may_pass
-                bar.update()
-    return bad, passing
+def _require_disk(asked: _Asked, place: Path) -> None:
+    "Raise `OSError` where the decoded images cannot fit, before hours are spent; they lie there twice for a moment."
+    need, free = 2 * len(asked.catalog) * asked.size**2 * 3, shutil.disk_usage(place).free
+    if need > free: raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: they take {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
+
+# %% ../nbs/01_data.ipynb #d1c0de18
+def _decode_all(asked: _Asked, raw: Path) -> dict:
+    "Write all pixels to `raw`; return what left_out.json is to hold."
+    c, problems, passing, digests = asked.catalog, [], False, []
+    with _quiet(), _whole_images_only(), ThreadPoolExecutor() as pool, open(raw, "wb") as out:
+        deep = [f for f, yes in zip(c.files, pool.map(lambda f: _holds_deep_greys(c.root / f), c.files)) if yes]
+        levels = _levels_for(asked, deep, pool)
+        def one(k): return _decode_one(c.root, c.files[k], asked, levels, asked.states[k])
+        with progress(total=len(c), desc="decode") as bar:
+            for some in _slices(len(c), asked.size):
+                for x, may_pass, digest in pool.map(one, some):
+                    problems.append(asdict(x)) if isinstance(x, Problem) else out.write(x.tobytes())
+                    passing |= may_pass
+                    digests.append(digest)
+                    bar.update()
+    return {"problems": problems, "passing": passing, "digests": digests, "levels": levels, "given": bool(asked.levels and deep), "deep": deep}
+
+def _slices(n: int, size: int) -> list[range]:
+    "Numbers from 0 to n in pieces whose decoded images, which wait in memory, take 64 MB at most."
+    step = max(16, min(512, (1 << 26) // (size**2 * 3)))
+    return [range(i, min(i + step, n)) for i in range(0, n, step)]
 
 # %% ../nbs/01_data.ipynb #97284dc5
 @contextmanager
@@ -1191,8 +1393,10 @@ def _quiet():
         warnings.simplefilter("ignore")
         yield
 
-def _finish(temp: Path, n: int, size: int, bad: list[Problem], passing: bool) -> None:
-    (temp / "left_out.json").write_text(json.dumps({"problems": [asdict(p) for p in bad], "passing": passing}))
+def _finish(temp: Path, n: int, asked: _Asked, said: dict) -> None:
+    (temp / "left_out.json").write_text(json.dumps(said))
+    if asked.settled and not said["passing"]: (temp / asked.seen).touch()
+    size = asked.size
     raw = np.memmap(temp / "raw", np.uint8, "r", shape=(n, size, size, 3)) if n else np.zeros((0, size, size, 3), np.uint8)
     np.save(temp / "pixels.npy", raw)
     with open(temp / "pixels.npy", "r+b") as f: os.fsync(f.fileno())  # or a power cut could leave zeros in it
@@ -1202,6 +1406,98 @@ def _finish(temp: Path, n: int, size: int, bad: list[Problem], passing: bool) ->
 def decoded_size(size: int, crop: float = .875) -> int:
     "Side of the decoded square of which the central `size` pixels are `crop` of a side; the margin is even."
     return size + 2 * round(size * (1 / crop - 1) / 2)
+
+# %% ../nbs/01_data.ipynb #d1c0de20
+KEPT = {"pixels": r"[0-9a-f]{24}(-[0-9a-f]{24})?", "activations": r"[0-9a-f]{24}\.npy", "given": r"[0-9a-f]{8,}"}  # what we name so, and no other file
+_UNFINISHED = r"\.new-.*|\.[0-9a-f]{24}\.npy.*"  # what a killed run leaves
+
+@dataclass(frozen=True)
+class _Entry:
+    "A file or folder of the cache, its bytes, and when it was last used."
+    path: Path
+    bytes: int
+    used: float
+    unfinished: bool
+
+def _sizes(path: Path) -> list[int]:
+    "Bytes of a file, or of all files in a folder; what vanishes meanwhile counts nothing."
+    found = []
+    for f in [path] if path.is_file() else path.rglob("*"):
+        with suppress(OSError):
+            if f.is_file(): found.append(f.stat().st_size)
+    return found
+
+def _entries(cache_dir: str | Path, kinds: Iterable[str]) -> list[_Entry]:
+    "What lies there, least recently used first."
+    found = []
+    for kind in kinds:
+        for path in (Path(cache_dir) / kind).glob("*"):
+            unfinished = bool(re.fullmatch(_UNFINISHED, path.name))
+            if not unfinished and not re.fullmatch(KEPT[kind], path.name): continue
+            with suppress(OSError): found.append(_Entry(path, sum(_sizes(path)), path.stat().st_mtime, unfinished))
+    return sorted(found, key=lambda e: (e.used, e.path))
+
+# %% ../nbs/01_data.ipynb #d1c0de21
+def cache_summary(cache_dir: str | Path) -> list[dict[str, Any]]:
+    "What the cache holds: for each kind that is there its name, `kind`, and its `files` and `bytes`."
+    rows = []
+    for kind in (*KEPT, "blooms", "public"):
+        sizes = _sizes(Path(cache_dir) / kind)
+        if sizes: rows.append({"kind": kind, "files": len(sizes), "bytes": sum(sizes)})
+    return rows
+
+def clear_cache(cache_dir: str | Path) -> int:
+    "Remove what can be computed again: decoded images, activations and copies of images given in memory. Returns the bytes that became free."
+    return sum(_remove(e) for e in _entries(cache_dir, KEPT))
+
+def evict(cache_dir: str | Path, budget_bytes: float, keep: Iterable[Path] = ()) -> int:
+    """Remove decoded images and activations, the least recently used first, until the rest takes `budget_bytes` at most.
+
+    keep: paths that stay, whatever they take. What a killed run left unfinished goes after a day. Returns the bytes that became free.
+    """
+    found, spared, freed = _entries(cache_dir, ("pixels", "activations")), {Path(p) for p in keep}, 0
+    for e in [e for e in found if e.unfinished and time.time() - e.used > 86400]: freed += _remove(e)
+    whole = [e for e in found if not e.unfinished]
+    over = sum(e.bytes for e in whole) - budget_bytes
+    for e in whole:
+        if over <= 0: break
+        if e.path in spared: continue
+        gone = _remove(e)
+        over, freed = over - gone, freed + gone
+    return freed
+
+def _remove(e: _Entry) -> int:
+    "The bytes that became free. A file that a program on Windows has open stays."
+    shutil.rmtree(e.path, ignore_errors=True)
+    with suppress(OSError): e.path.unlink(missing_ok=True)
+    return 0 if e.path.exists() else e.bytes
+
+# %% ../nbs/01_data.ipynb #d1c0de24
+def free_memory() -> int | None:
+    "Bytes of memory that this process may still take, as system and container say; None where they do not say."
+    found = []
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))))
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with suppress(OSError, ValueError):  # "max" is no number: there is no limit
+            here = Path("/sys/fs/cgroup")
+            found.append(int((here / limit).read_text()) - int((here / used).read_text()))
+    if not found:
+        with suppress(AttributeError, OSError, ValueError): found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return max(0, min(found)) if found else None
+
+def require_memory(n: int, size: int, bytes_each: float = 0, free: float | None = None) -> None:
+    """Raise `SFTError` where `n` images of `size` × `size` pixels in the network together need more memory than there is.
+
+    bytes_each: what the network keeps for one image of that size, as `account` counts it; by default the image alone, in float32.
+    free: bytes of memory; by default what `free_memory` says, so for a GPU give its own.
+    """
+    free = free_memory() if free is None else free
+    need = n * max(bytes_each, size**2 * 3 * 4)
+    if free is None or need <= free: return
+    raise SFTError(f"size = {size}: {n} images of {size} × {size} pixels at a time need {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free; "
+                   "use a smaller size or fewer at a time.")
 
 # %% ../nbs/01_data.ipynb #a3abda12
 def _cells(pixels: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -1260,57 +1556,163 @@ def _in_buckets(a, b, order, start, size, reach: int, most: int = 1 << 21) -> li
     return found
 
 # %% ../nbs/01_data.ipynb #8342ac1a
-def _same_files(c: Catalog) -> list[tuple[int, int]]:
-    "Pairs (i, j), i < j, of files with the same bytes; i is the first of its kind. Files that are gone are passed over."
-    sizes = [(_state(c.root / f) or (None,))[0] for f in c.files]
-    crowd = Counter(s for s in sizes if s is not None)
+def _same_files(c: Catalog, digests: Sequence[str | None] = ()) -> list[tuple[int, int]]:
+    """Pairs (i, j), i < j, of files with the same bytes; i is the first of its kind. Files that are gone are passed over.
+    digests: hashes of the files, where they are known."""
     first: dict = {}
-    found = ((s, _digest(c.root / c.files[i]), i) for i, s in enumerate(sizes) if crowd[s] > 1)
-    pairs = ((first.setdefault((s, d), i), i) for s, d, i in found if d)
+    pairs = [(first.setdefault(d, i), i) for i, d in enumerate(digests or _digests_of_twins(c)) if d]
     return [(i, j) for i, j in pairs if i != j]
 
-def _digest(path: Path) -> bytes | None:
-    h = hashlib.blake2b(digest_size=16)
-    try:
-        with open(path, "rb") as f:
-            while part := f.read(1 << 20): h.update(part)
-    except OSError: return None
-    return h.digest()
+def _digests_of_twins(c: Catalog) -> list[str | None]:
+    "Hashes of those files that have the length of another; only they can be copies."
+    sizes = [(_state(c.root / f) or (None,))[0] for f in c.files]
+    crowd = Counter(s for s in sizes if s is not None)
+    return [_digest(c.root / f) if crowd[s] > 1 else None for f, s in zip(c.files, sizes)]
 
 # %% ../nbs/01_data.ipynb #d9dae860
-def _look_alikes(pixels: np.ndarray, reach: int = 10, alike: float = .9) -> list[tuple[int, int]]:
-    "Pairs (i, j), i < j, of pictures that look the same, perhaps mirrored: near hashes, and correlated greys. Blank ones are passed over."
-    busy = np.flatnonzero(_contrast(pixels) >= BLANK)
-    flipped = pixels[:, :, ::-1]
-    h, m = difference_hash(pixels)[busy], difference_hash(flipped)[busy]
-    unique, first, back = np.unique(h, return_index=True, return_inverse=True)  # equal hashes once: a thousand copies are no million pairs
-    pairs = np.concatenate([first[close_hashes(hashes, unique, reach)] for hashes in (unique, m[first])] + [np.stack([first[back], np.arange(len(h))], 1)])
-    i, j = busy[np.unique(np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1), axis=0)].T
-    t, f = _thumbnails(pixels), _thumbnails(flipped)
-    same = [max(t[p] @ t[q], f[p] @ t[q]) >= alike for p, q in zip(i, j)]
-    return [(int(p), int(q)) for p, q, s in zip(i, j, same) if s]
-
 BLANK = 4.  # standard deviation of the greys, of 255, below which a picture shows nothing
 
 def _contrast(pixels: np.ndarray) -> np.ndarray:
     "Standard deviation (n,) of each picture's greys, over a grid of 32 × 32 cells."
     return _cells(pixels, 32, 32).std((1, 2))
 
+class _Prints:
+    "What images (n, s, s, 3) are compared by: hashes and small greys, as they are and mirrored."
+    def __init__(self, pixels: np.ndarray):
+        flipped = pixels[:, :, ::-1]
+        self.hash, self.mirrored = difference_hash(pixels), difference_hash(flipped)
+        self.greys, self.mirrored_greys = _thumbnails(pixels), _thumbnails(flipped)
+
+    def alike(self, i: np.ndarray, j: np.ndarray, reach: int = 10, alike: float = .9) -> np.ndarray:
+        "Which pairs (i[k], j[k]) look the same: near hashes, and correlated greys."
+        out = np.zeros(len(i), bool)
+        for k in range(0, len(i), 1 << 15):
+            a, b = i[k:k + (1 << 15)], j[k:k + (1 << 15)]
+            near = np.minimum(bits_apart(self.hash[a], self.hash[b]), bits_apart(self.mirrored[a], self.hash[b])) <= reach
+            greys = np.maximum(*(np.einsum("nd,nd->n", g[a], self.greys[b]) for g in (self.greys, self.mirrored_greys)))
+            out[k:k + (1 << 15)] = near & (greys >= alike)
+        return out
+
+    def all_alike(self, some: np.ndarray, others: np.ndarray, reach: int = 10, alike: float = .9) -> np.ndarray:
+        "Bool (len(some), len(others)): which look the same, by one product of matrices."
+        out = np.zeros((len(some), len(others)), bool)
+        for k in range(0, len(others), 1 << 12):
+            b = others[k:k + (1 << 12)]
+            greys = np.maximum(*(g[some] @ self.greys[b].T for g in (self.greys, self.mirrored_greys)))
+            i, j = np.nonzero(greys >= alike)
+            near = np.minimum(*(bits_apart(h[some[i]], self.hash[b[j]]) for h in (self.hash, self.mirrored))) <= reach
+            out[i[near], k + j[near]] = True
+        return out
+
+# %% ../nbs/01_data.ipynb #d1c0de26
+def _look_alikes(pixels: np.ndarray, rows: np.ndarray | None = None, reach: int = 10) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
+    """(pairs, crowds) of images that look the same, perhaps mirrored; of those in `rows` only. Blank ones are passed over.
+
+    pairs: (i, j), i < j. crowds: groups of more than `CROWD` that all look much alike; there only what stands out from the crowd is compared."""
+    busy = np.flatnonzero(_contrast(pixels) >= BLANK)
+    if rows is not None: busy = np.intersect1d(busy, rows)
+    prints = _Prints(pixels)
+    crowds = _crowds(prints, busy, reach)
+    i, j = _near_pairs(prints, np.setdiff1d(busy, np.concatenate([*crowds, []])), reach)
+    chains = [g for g in _connected(len(pixels), zip(i, j)) if len(g) > CROWD]  # each like a few others, and those like the next
+    loose = ~np.isin(i, np.concatenate([*chains, []]))
+    crowds += chains
+    pairs = [(int(a), int(b)) for a, b in zip(i[loose], j[loose])]
+    return pairs + [p for crowd in crowds for p in _standing_out(pixels, crowd)], crowds
+
+def _near_pairs(prints: _Prints, some: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
+    "Pairs of images `some` that look the same."
+    h, m = prints.hash[some], prints.mirrored[some]
+    unique, first, back = np.unique(h, return_index=True, return_inverse=True)  # equal hashes once
+    pairs = np.concatenate([first[close_hashes(hashes, unique, reach)] for hashes in (unique, m[first])] + [np.stack([first[back], np.arange(len(h))], 1)])
+    i, j = some[np.unique(np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1), axis=0)].T
+    same = prints.alike(i, j, reach)
+    return i[same], j[same]
+
+# %% ../nbs/01_data.ipynb #d1c0de28
+CROWD = 50  # with more look-alikes than that, to look alike is no sign of a copy
+
+def _crowds(prints: _Prints, some: np.ndarray, reach: int, leaders: int = 256) -> list[np.ndarray]:
+    "Groups of images `some` around those that look like more than `CROWD` others."
+    found, left = [], some
+    while len(left) > CROWD:
+        asked = left[np.unique(np.linspace(0, len(left) - 1, leaders).astype(int))]
+        near = prints.all_alike(asked, left, reach)
+        near = near[near.sum(1) > CROWD]
+        if not len(near): break
+        found += [left[near[group].any(0)] for group in _connected(len(near), np.argwhere(near.astype(np.float32) @ near.T > 0))]
+        left = left[~near.any(0)]
+    return found
+
+def _connected(n: int, pairs: Iterable[tuple[int, int]]) -> list[np.ndarray]:
+    "The groups, each sorted, into which pairs connect the numbers below n, in the order of their first."
+    i, j = np.array(list(pairs), dtype=np.int64).reshape(-1, 2).T
+    _, group = connected_components(coo_matrix((np.ones(len(i), bool), (i, j)), shape=(n, n)), directed=False)
+    order = np.argsort(group, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(group[order])) + 1) if n else []
+    return sorted(groups, key=lambda g: g[0])
+
+# %% ../nbs/01_data.ipynb #d1c0de29
+def _standing_out(pixels: np.ndarray, crowd: np.ndarray, alike: float = .95, most: int = 20_000) -> list[tuple[int, int]]:
+    "Pairs in a crowd that agree in what tells them from its mean. None where many do (or it is larger than `most`): then that is no sign either."
+    if len(crowd) > most: return []
+    greys = np.concatenate([_thumbnails(pixels[crowd[k:k + 256]], 32) for k in range(0, len(crowd), 256)])
+    own = greys - greys.mean(0)
+    own /= np.maximum(np.linalg.norm(own, axis=1, keepdims=True), 1e-6)
+    found, limit = [], max(10, len(crowd) // 20)
+    for k in range(0, len(crowd), 1024):
+        i, j = np.nonzero(np.triu(own[k:k + 1024] @ own.T >= alike, k + 1))
+        found += zip((crowd[i + k]).tolist(), crowd[j].tolist())
+        if len({j for _, j in found}) > limit: return []
+    return found
+
 # %% ../nbs/01_data.ipynb #c247dd9b
 def _copies(cache: PixelCache) -> list[Problem]:
-    "Problems of kind duplicate, near duplicate, leak, two labels; each names the later file, `other` the earlier one."
+    """Problems of kind duplicate, near duplicate, leak, two labels, look-alikes; each names the later file, `other` the earlier one.
+    Of a group of copies one problem of a kind, which counts the others."""
     c = cache.catalog
-    same = dict.fromkeys(_same_files(c), "is the same file as")
-    near = {p: "looks the same as" for p in _look_alikes(cache.pixels) if p not in same}
-    return [p for (i, j), how in (same | near).items() for p in _pair(c, i, j, how)]
+    same = _same_files(c, cache.digests)
+    near, crowds = _look_alikes(cache.pixels, np.setdiff1d(np.arange(len(c)), [j for _, j in same]))
+    how = dict.fromkeys(near, "looks the same as") | dict.fromkeys(same, "is the same file as")
+    groups = [g for g in _connected(len(c), how) if len(g) > 1]
+    of = {k: number for number, g in enumerate(groups) for k in g.tolist()}
+    edges: dict[int, list] = {}
+    for pair in sorted(how): edges.setdefault(of[pair[0]], []).append(pair)
+    return [p for number, g in enumerate(groups) for p in _group(c, g, edges[number], how)] + [_crowd(c, crowd) for crowd in crowds]
 
-def _pair(c: Catalog, i: int, j: int, how: str) -> list[Problem]:
+def _group(c: Catalog, group: np.ndarray, edges: list[tuple[int, int]], how: dict) -> list[Problem]:
+    "What is to be said of a group of copies, by one of its pairs for each kind."
+    def first(differ): return next(([pair] for pair in edges if differ[pair[0]] != differ[pair[1]]), [])
+    told = {}
+    for pair in first(c.part) + first(c.labels) or edges[:1]:
+        rest = [printable(c.files[k]) for k in group if k not in pair]
+        for p in _pair(c, *pair, how[pair], rest): told.setdefault(p.kind, p)
+    return list(told.values())
+
+def _pair(c: Catalog, i: int, j: int, how: str, rest: Sequence[str] = ()) -> list[Problem]:
+    "What is to be said of two copies; `rest`: others of the same group."
     a, b, kinds = c.files[i], c.files[j], []
     old, (one, two) = printable(a), (printable(c.classes[c.labels[k]]) for k in (i, j))
-    if c.part[i] != c.part[j]: kinds += [("leak", f"({c.part[j]}) {how} {old} ({c.part[i]}); a part that knows the other's pictures measures nothing, so take one away.")]
-    if c.labels[i] != c.labels[j]: kinds += [("two labels", f"({two}) {how} {old} ({one}); one of the labels is wrong.")]
-    if not kinds: kinds = [("duplicate" if "file" in how else "near duplicate", f"{how} {old}; it counts twice.")]
-    return [_problem(b, kind, text, a) for kind, text in kinds]
+    if c.part[i] != c.part[j]: kinds += [("leak", f"({c.part[j]}) {how} {old} ({c.part[i]}); a part that knows the other's pictures measures nothing, so take one away")]
+    if c.labels[i] != c.labels[j]: kinds += [("two labels", f"({two}) {how} {old} ({one}); one of the labels is wrong")]
+    if not kinds: kinds = [("duplicate" if "file" in how else "near duplicate", f"{how} {old}; it counts twice")]
+    more = f" ({len(rest)} more are alike: {', '.join(rest[:5])}{' …' * (len(rest) > 5)})" if rest else ""
+    return [_problem(b, kind, text + more + ".", a) for kind, text in kinds]
+
+# %% ../nbs/01_data.ipynb #d1c0de31
+def _crowd(c: Catalog, crowd: np.ndarray) -> Problem:
+    "That many images look alike, which is for a person to judge."
+    parts = ", ".join(f"{n} {p}" for p, n in Counter(c.part[crowd].tolist()).items())
+    elsewhere = next((k for k in crowd if c.part[k] != c.part[crowd[0]]), crowd[1])
+    return _problem(c.files[elsewhere], "look-alikes", f"is one of {len(crowd)} pictures that look much alike ({parts}), so of copies among them only some were "
+                    "found; where they show the same thing (a patient, a film, a day), keep that in one part.", c.files[crowd[0]])
+
+def find_leaks(cache: PixelCache) -> tuple[Problem, ...]:
+    "What `inspect` knows of copies in two parts of a data set or with two labels: that decides whether a result means anything."
+    c = cache.catalog
+    at = {f: k for k, f in enumerate(c.files)}
+    pairs = [(p, at[p.other], at[p.path]) for p in _copies(cache)]
+    return tuple(p for p, i, j in pairs if c.part[i] != c.part[j] or c.labels[i] != c.labels[j])
 
 # %% ../nbs/01_data.ipynb #73b28532
 def leaks_between_parts(catalog: Catalog) -> tuple[Problem, ...]:
@@ -1350,6 +1752,7 @@ def _shapes(c: Catalog) -> list[Problem]:
     long = [_problem(f, "elongated", f"is {w} × {h} pixels; the network sees the central square only.") for f, w, h in sizes if max(w, h) > 3 * min(w, h)]
     return small + long + [p for _, found in heads for p in found]
 
+
 # %% ../nbs/01_data.ipynb #7aaa8f6e
 def _small(sizes: list[tuple[str, int, int]], least: int = 32) -> list[Problem]:
     "Problems of kind small, from (file, width, height): images much smaller than the others; where most are, one that says so."
@@ -1384,8 +1787,8 @@ def _balance(c: Catalog) -> list[Problem]:
 def inspect(cache: PixelCache) -> tuple[Problem, ...]:
     """What the decoded pictures of a data set show to be wrong, beyond what `scan` and `decode_once` found.
 
-    Kinds: duplicate, near duplicate, leak, two labels, blank, small, elongated, animated, broken EXIF, changed, imbalance, untested.
-    Nothing is removed.
+    Kinds: duplicate, near duplicate, leak, two labels, look-alikes, blank, small, elongated, animated, broken EXIF, changed, imbalance, untested.
+    Nothing is removed. Copies are named in groups: one problem for each, of each kind, which counts the others.
     Near duplicates: difference hashes (Krawetz 2013) at most 10 of 64 bits apart and 16 × 16 greys correlated by 0.9 or more, as they are or mirrored.
     """
     return (*_copies(cache), *_blank(cache), *_shapes(cache.catalog), *_balance(cache.catalog))

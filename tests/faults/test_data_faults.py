@@ -485,7 +485,7 @@ def test_a_file_changes_while_it_is_decoded(root, store, fault, monkeypatch, cha
     path = root / "left" / "good03.jpg"
     whole = path.read_bytes()
 
-    def meanwhile(p, size):
+    def meanwhile(p, size, levels=None):
         x = read_picture(p, size)
         if p == path:
             change(p)
@@ -529,7 +529,7 @@ def test_everything_vanishes(root, store, fault):
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), OSError(errno.EMFILE, "Too many open files"), MemoryError()],
                          ids=["disk", "open files", "memory"])
 def test_what_fails_for_a_moment_is_not_remembered(root, store, fault, monkeypatch, error):
-    def fails(p, size):
+    def fails(p, size, levels=None):
         if p.name == "good03.jpg":
             raise error
         return read_picture(p, size)
