@@ -850,7 +850,7 @@ def _room(place: Path) -> Iterator[None]:
     except OSError as e:
         raise SFTError(f"{place}: images cannot be kept there ({e.strerror or e}); make room, or set another `cache` in settings.ini.") from None
 
-# %% ../nbs/01_data.ipynb #012e35b7
+# %% ../nbs/01_data.ipynb #cd362e0a
 def _class_names(labels: Sequence[Any], names: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
     "(the class of each label, all classes in order): in the order of `names` or of their numbers, or by name where labels are names."
     labels = [y.item() if hasattr(y, "item") else y for y in labels]
@@ -859,7 +859,7 @@ def _class_names(labels: Sequence[Any], names: Sequence[str] | None = None) -> t
     if not names: names = {y: str(y) for y in sorted(set(labels), key=lambda y: (isinstance(y, str), y))}
     else: names = dict(enumerate(names)) | {n: n for n in names}
     if strange := [y for y in labels if y not in names]:
-        raise SFTError(f"label {strange[0]!r} is none of the {len(names)} classes that the data name; mend the label or the names.")
+        raise SFTError(f"label {strange[0]!r} is none of the {len(set(names.values()))} classes that the data name; mend the label or the names.")
     used = {names[y] for y in labels}
     return [names[y] for y in labels], [n for n in dict.fromkeys(names.values()) if n in used]
 
@@ -1143,13 +1143,14 @@ def _sums_agree(source: str | Path | bytes) -> bool:
 HEIC = 'it is HEIC; pip install "sft_course[heic]" reads it, or save it as JPEG'
 _SIGNS = ((b"%!ps", "it is PostScript, a program, which is not run"), (b"%pdf", "it is a PDF"), (b"<svg", "it is an SVG drawing, which has no pixels"),
           (b"<html", "it is a web page"), (b"<!doctype html", "it is a web page"), (b"pk\3\4", "it is a ZIP archive"), (b"git-lfs", "it is a pointer of Git LFS; fetch the files by git lfs pull"),
-          (b"ftypavi", "it is AVIF, which this Pillow cannot read; update Pillow"), *((b"ftyp" + brand, HEIC) for brand in (b"hei", b"hev", b"mif1", b"msf1")))
+          (b"ftypavi", "it is AVIF, damaged or newer than this Pillow"), *((b"ftyp" + brand, HEIC) for brand in (b"hei", b"hev", b"mif1", b"msf1")))
 
 def _content(path: Path) -> str:
     "What a file is that is no picture."
     with open(path, "rb") as f: head = f.read(1000).lower()
     if not head: return "it is empty"
-    return next((text for sign, text in _SIGNS if sign in head), f"its content is none of {', '.join(FORMATS)}, or damaged at its head")
+    text = next((text for sign, text in _SIGNS if sign in head), f"its content is none of {', '.join(FORMATS)}, or damaged at its head")
+    return "it is HEIC, and damaged" if text == HEIC and add_formats() else text
 
 def _why(path: Path, e: Exception) -> tuple[str, str]:
     "(kind, reason) of a picture that could not be read."

@@ -516,7 +516,7 @@ def test_a_file_changes_after_it_was_decoded(root, store, fault, change):
 def test_everything_vanishes(root, store, fault):
     catalog = scan(root)
     shutil.rmtree(root)
-    with fault("the whole folder gone") as f, pytest.raises(SFTError, match="8 could not be read") as e:
+    with fault("the whole folder gone") as f, pytest.raises(SFTError, match="none of the images can be read .16 .jpg.: left/good00.jpg") as e:
         decode_once(catalog, SIZE, store)
     f.said(sentence(e).replace(str(root.parent) + "/", ""))
     lay_out(root, n=8)
