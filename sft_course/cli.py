@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['app', 'DIR', 'Folder', 'Artifact', 'Out', 'AsJson', 'Strict', 'WATCHERS', 'Name', 'Net', 'Weights', 'Size', 'Device',
            'Seed', 'Epochs', 'Lr', 'Batch', 'Train', 'Val', 'Test', 'Watch', 'Resume', 'Keep', 'Files', 'Csv', 'Top',
-           'Report', 'Split', 'To', 'Force', 'demo', 'fit', 'check', 'predict', 'evaluate', 'backbones', 'notebooks',
-           'cache', 'doctor', 'main']
+           'Report', 'Split', 'Part', 'To', 'Force', 'Clear', 'demo', 'fit', 'check', 'predict', 'evaluate',
+           'backbones', 'notebooks', 'cache', 'doctor', 'main']
 
 # %% ../nbs/a4_cli.ipynb #a54f30df
-import difflib, errno, json, math, os, re, shlex, signal, sys, warnings
+import difflib, json, math, os, re, shlex, signal, sys, warnings
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from itertools import count, groupby
@@ -23,7 +23,7 @@ from .core import SFTError, load_settings
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   context_settings={"help_option_names": ["-h", "--help"]},
                   help="Fine-tune a pretrained image classifier on a folder of labelled images.",
-                  epilog="Example: sft-course fit photos/ --out leaves/, then sft-course predict leaves/ new.jpg")
+                  epilog="Example: sft-course fit photos/ --out oak/, then sft-course predict oak/ new.jpg")
 
 def _version(asked: bool) -> None:
     "Print the version and end, where --version was given."
@@ -41,16 +41,19 @@ def _path(text: str) -> Path:
     "A path that a person typed, with `~` expanded. An empty one is a mistake."
     if not text: raise typer.BadParameter("the path is empty; is a variable of the shell unset?")
     try: return Path(text).expanduser()
-    except RuntimeError: raise typer.BadParameter(f"{text}: the home folder is not known here; give the whole path.") from None
+    except RuntimeError: pass
+    raise typer.BadParameter(f"{text}: the home folder is not known here; give the whole path.")
 
 # %% ../nbs/a4_cli.ipynb #df59db6a
 DIR = "root/train|val|test/class/images, root/class/images, or a CSV of path,label"
 Folder = Annotated[Path, typer.Argument(metavar="DIR", parser=_path, help=DIR)]
 Artifact = Annotated[Path, typer.Argument(metavar="OUT", parser=_path, help="A folder that `fit` wrote.")]
 Out = Annotated[Optional[Path], typer.Option("--out", metavar="OUT", parser=_path,
-                                             help="Folder for the artifact; by default named after the data, here.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Stop, with exit status 1, where a file would be left out.")]
+    help="Folder for the artifact; by default named after the data, here.")]
+AsJson = Annotated[bool, typer.Option("--json",
+    help="Print one JSON object, and nothing else, on standard output.")]
+Strict = Annotated[bool, typer.Option("--strict",
+    help="Stop, with exit status 1, where a file would be left out.")]
 
 # %% ../nbs/a4_cli.ipynb #cb07b855
 def _there(path: Path, what: str = "folder") -> Path:
@@ -59,8 +62,8 @@ def _there(path: Path, what: str = "folder") -> Path:
     try: names = os.listdir(path.parent)
     except OSError: return path
     near = difflib.get_close_matches(path.name, names, 1)
-    if near: raise SFTError(f"{path}: there is no such {what}; did you mean {_typed(path.with_name(near[0]))}?")
-    return path
+    if not near: return path
+    raise SFTError(f"{path}: there is no such {what}; did you mean {_typed(path.with_name(near[0]))}?")
 
 def _typed(path: Path | str) -> str:
     "A path as it can be typed in a shell."
@@ -70,7 +73,7 @@ def _typed(path: Path | str) -> str:
 # %% ../nbs/a4_cli.ipynb #2deee63b
 @contextmanager
 def _results(as_json: bool) -> Iterator[Callable[[Any], None]]:
-    "Yields what prints the one JSON object, if it was asked for: all other text of the block goes to standard error then."
+    "Yields what prints the one JSON object, if it was asked for: all other text goes to standard error then."
     out = sys.stdout
     def done(value: Any) -> None:
         if as_json: print(json.dumps(_plain(value), allow_nan=False), file=out)
@@ -78,7 +81,7 @@ def _results(as_json: bool) -> Iterator[Callable[[Any], None]]:
         yield done
 
 def _plain(value: Any) -> Any:
-    "The same in what JSON has. A number that is not finite becomes null, which every reader of JSON understands."
+    "The same in what JSON has. A number that is not finite becomes null, which every reader understands."
     if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
     if isinstance(value, float): return float(value) if math.isfinite(value) else None
@@ -115,12 +118,13 @@ def _ours(name: str) -> bool:
 # %% ../nbs/a4_cli.ipynb #ed92d3a4
 def _place(out: Path, resume: bool = False) -> Path:
     "`out`, if a run may write there."
-    held = _holds(out)
-    if held == "other": raise SFTError(f"{out}: this exists and is no artifact; give another folder with --out.")
-    if held == "model": raise SFTError(f"{out}: a model lies there, and it is not replaced; give another folder with --out.")
+    held, other = _holds(out), "give another folder with --out."
+    if held == "other": raise SFTError(f"{out}: this exists and is no artifact; {other}")
+    if held == "model": raise SFTError(f"{out}: a model lies there, and it is not replaced; {other}")
     if held == "unfinished" and not resume:
-        raise SFTError(f"{out}: an unfinished run lies there; go on with it by --resume, or give another folder with --out.")
-    if held == "nothing" and resume: _say(f"note: {out} holds no run to go on with; this one starts from the beginning")
+        raise SFTError(f"{out}: an unfinished run lies there; go on with it by --resume, or {other}")
+    if held == "nothing" and resume:
+        _say(f"note: {out} holds no run to go on with; this one starts from the beginning")
     return out
 
 # %% ../nbs/a4_cli.ipynb #eb4ce41f
@@ -131,14 +135,14 @@ def _numbered(path: Path, ending: str = "") -> Iterator[Path]:
     yield from (path.with_name(f"{name}-{n}{ending}") for n in count(2))
 
 def _free(base: Path, fit_for: tuple[str, ...] = ("nothing",)) -> Path:
-    "The first of the numbered names at which lies nothing, or something of the kinds in `fit_for`; says so if it is not the first."
+    "The first numbered name at which lies what is in `fit_for`; says so where that is not `base` itself."
     found = next(p for p in _numbered(base) if _holds(p) in fit_for)
     if found != base: _say(f"note: {base} is there already, so this run writes to {found}")
     return found
 
 # %% ../nbs/a4_cli.ipynb #9e1e8171
 def _named_after(data: Path) -> Path:
-    "The folder for an artifact of `data`: in the working directory, or, where that lies inside the data, beside them."
+    "The folder for an artifact of `data`: here, or, where that lies inside the data, beside them."
     top = data.resolve()
     name = (top.stem if top.is_file() else top.name) or "root"
     inside = top.is_dir() and Path.cwd().resolve().is_relative_to(top)
@@ -148,12 +152,13 @@ def _outside(out: Path, *data: Path | None) -> Path:
     "`out`, unless it lies inside a folder of data."
     for d in data:
         if d is None or not d.is_dir() or not out.resolve().is_relative_to(d.resolve()): continue
-        raise SFTError(f"{out}: this lies inside {d}, where the next run would take it for images; give a folder elsewhere with --out.")
+        raise SFTError(f"{out}: this lies inside {d}, where the next run would take it for images; "
+                       "give a folder elsewhere with --out.")
     return out
 
 # %% ../nbs/a4_cli.ipynb #04ad2cc4
 def _artifact(data: Path, out: Path | None, name: str | None, resume: bool) -> Path:
-    "The folder that a run on `data` writes to: `out`, or one that is called `name`, in `out` where that is given too."
+    "The folder that a run on `data` writes to: `out`, or one called `name`, in `out` if that is given too."
     if out and not name: return _place(out, resume)
     base = (out or Path()) / name if name else _named_after(data)
     return _place(_free(base, ("nothing", "unfinished")), resume)
@@ -194,7 +199,8 @@ def _depth(text: str) -> int | str:
     "What --train says: head, all, or how many stages from the top."
     if text in ("head", "all"): return text
     if text.isdecimal() and int(text): return int(text)
-    raise typer.BadParameter(f"{text!r} is neither head nor all nor a number of stages{_near(text, ('head', 'all'))}")
+    near = _near(text, ("head", "all"))
+    raise typer.BadParameter(f"{text!r} is neither head nor all nor a number of stages{near}")
 
 def _rate(text: str) -> float:
     "A learning rate."
@@ -218,33 +224,39 @@ def _name(text: str) -> str:
 
 # %% ../nbs/a4_cli.ipynb #ade39722
 Name = Annotated[Optional[str], typer.Option("--name", parser=_name, metavar="NAME",
-                                             help="Name of the artifact's folder: ./NAME, or OUT/NAME.")]
+    help="Name of the artifact's folder: ./NAME, or OUT/NAME.")]
 Net = Annotated[Optional[str], typer.Option("--backbone", metavar="NAME",
-    help="lite0, a classifier of torchvision or timm (see sft-course backbones), timm/NAME or hf-hub:OWNER/NAME.")]
+    help="lite0, a name of torchvision or timm (see sft-course backbones), timm/NAME or hf-hub:OWNER/NAME.")]
 Weights = Annotated[Optional[Path], typer.Option("--weights", parser=_path, metavar="FILE",
     help="Start from your own checkpoint instead of the pretrained weights; nothing in it is executed.")]
-Size = Annotated[Optional[int], typer.Option("--image-size", help="Pixels on a side that the network sees, 32 to 1024.")]
-Device = Annotated[Optional[str], typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, or one GPU as cuda:1.")]
+Size = Annotated[Optional[int], typer.Option("--image-size",
+    help="Pixels on a side that the network sees, 32 to 1024.")]
+Device = Annotated[Optional[str], typer.Option("--device", metavar="NAME",
+    help="auto, cpu, cuda, or one GPU as cuda:1.")]
 Seed = Annotated[Optional[int], typer.Option("--seed", help="One number, from 0 on, for all randomness.")]
 
 # %% ../nbs/a4_cli.ipynb #32c07ce6
-Epochs = Annotated[Optional[int], typer.Option("--epochs", min=1, help="Passes over the training images when tuning.")]
-Lr = Annotated[Optional[float], typer.Option("--lr", parser=_rate, metavar="RATE", help="Peak learning rate when tuning.")]
+Epochs = Annotated[Optional[int], typer.Option("--epochs", min=1,
+    help="Passes over the training images when tuning.")]
+Lr = Annotated[Optional[float], typer.Option("--lr", parser=_rate, metavar="RATE",
+    help="Peak learning rate when tuning.")]
 Batch = Annotated[Optional[int], typer.Option("--batch-size", min=2, help="Images in a step when tuning.")]
 Train = Annotated[Optional[str], typer.Option("--train", parser=_depth, metavar="head|N|all",
-                                              help="What is tuned: the head alone, N stages from the top, or all.")]
-Val = Annotated[Optional[Path], typer.Option("--val", parser=_path, metavar="DIR", help="Class folders to choose with.")]
-Test = Annotated[Optional[Path], typer.Option("--test", parser=_path, metavar="DIR", help="Class folders to report on.")]
+    help="What is tuned: the head alone, N stages from the top, or all.")]
+Val = Annotated[Optional[Path], typer.Option("--val", parser=_path, metavar="DIR",
+    help="Class folders to choose with.")]
+Test = Annotated[Optional[Path], typer.Option("--test", parser=_path, metavar="DIR",
+    help="Class folders to report on.")]
 Watch = Annotated[Optional[str], typer.Option("--watch", parser=_watcher, metavar="|".join(WATCHERS),
-                                              help="Log every epoch there; the library must be installed.")]
+    help="Log every epoch there; the library must be installed.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run into OUT was stopped.")]
 Keep = Annotated[bool, typer.Option("--keep-checkpoint", help="Keep last.ckpt when the run has ended.")]
 
 # %% ../nbs/a4_cli.ipynb #9ff7b3ac
 def _summary(result, artifact: Path) -> dict:
     "What a program wants to know after a fit."
-    card = result.card
-    of_metrics = {k: card["metrics"][k] for k in ("accuracy", "head_accuracy", "n_train", "n_val", "n_held_back")}
+    card, metrics = result.card, result.card["metrics"]
+    of_metrics = {k: metrics[k] for k in ("accuracy", "head_accuracy", "n_train", "n_val", "n_held_back")}
     of_card = {k: card[k] for k in ("classes", "problems", "seconds", "phases", "chosen", "backbone", "seed")}
     return of_metrics | of_card | {
         "notes": card.get("notes", []), "size": card["preprocessing"]["size"], "history": result.history,
@@ -255,48 +267,55 @@ def _tell(result, artifact: Path) -> None:
     "What a person wants to know after a fit."
     card, m = result.card, result.card["metrics"]
     _notes([p["message"] for p in card["problems"]] + card.get("notes", []), f"{artifact / 'card.json'}")
-    print(f"{m['n_train']} images to train on, {m['n_held_back']} of them for validation; {m['n_val']} to report on")
+    parts = f"{m['n_held_back']} of them for validation; {m['n_val']} to report on"
+    print(f"{m['n_train']} images to train on, {parts}")
     if m["head_accuracy"] is not None: print(f"linear head on frozen features  {m['head_accuracy']:.3f}")
     how = "upper stages tuned from that head"
     if card["chosen"] == "head": how = "the head alone: on the validation images nothing was clearly better"
     print(f"accuracy                        {m['accuracy']:.3f}  ({how})")
-    print(f"saved in {artifact}; open {_typed(artifact / 'report.html')}, or try: sft-course predict {_typed(artifact)} IMAGE")
+    report = _typed(artifact / "report.html")
+    print(f"saved in {artifact}; open {report}, or try: sft-course predict {_typed(artifact)} IMAGE")
 
 # %% ../nbs/a4_cli.ipynb #8f3827fc
 @app.command(epilog="Example: sft-course demo --out flowers/")
 def demo(out: Out = None, as_json: AsJson = False) -> None:
     """Draw flowers, fine-tune on them, compare with scratch.
 
-    Draws the data set Blooms, fine-tunes the bundled ImageNet network on it, and trains the same network from random
-    weights beside it. Needs no network and a few minutes of two cores. What it runs on stands in settings.ini.
+    Draws the data set Blooms, fine-tunes the bundled ImageNet network on it, and trains the same network from
+    random weights beside it. Needs no network and a few minutes of two cores. What it runs on stands in
+    settings.ini.
     """
     from sft_course.recipe import demo as run
     artifact = _free(out or Path("sft-demo"))
     with _results(as_json) as done:
-        with _resumable(artifact, "the demo begins anew when it is started again"): scratch, result = run(artifact)
+        with _resumable(artifact, "the demo begins anew when it is started again"):
+            scratch, result = run(artifact)
         _tell(result, artifact)
-        m = result.card["metrics"]
-        print(f"from scratch {scratch:.3f} · frozen head {m['head_accuracy']:.3f} · fine-tuned {m['accuracy']:.3f}")
+        head = result.card["metrics"]["head_accuracy"]
+        print(f"from scratch {scratch:.3f} · frozen head {head:.3f} · fine-tuned {result.accuracy:.3f}")
         done(_summary(result, artifact) | {"scratch_accuracy": scratch})
 
 # %% ../nbs/a4_cli.ipynb #f82df425
-@app.command(epilog="Examples: sft-course fit photos/ --out leaves/; sft-course fit photos/ --out leaves/ --resume; "
+@app.command(epilog="Examples: sft-course fit photos/ --out leaves/; "
+                    "sft-course fit photos/ --out leaves/ --resume; "
                     "sft-course fit labels.csv --backbone resnet50 --train 3 --epochs 10 --json")
 def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None, weights: Weights = None,
-        image_size: Size = None, epochs: Epochs = None, lr: Lr = None, batch_size: Batch = None, train: Train = None,
-        val: Val = None, test: Test = None, device: Device = None, seed: Seed = None, watch: Watch = None,
-        resume: Resume = False, keep_checkpoint: Keep = False, strict: Strict = False, as_json: AsJson = False) -> None:
+        image_size: Size = None, epochs: Epochs = None, lr: Lr = None, batch_size: Batch = None,
+        train: Train = None, val: Val = None, test: Test = None, device: Device = None, seed: Seed = None,
+        watch: Watch = None, resume: Resume = False, keep_checkpoint: Keep = False, strict: Strict = False,
+        as_json: AsJson = False) -> None:
     """Fine-tune on your own images and save an artifact.
 
-    Images lie in one sub-folder per class. Where there is a val/ or test/ split it is used once, for the accuracy that
-    is reported; otherwise a fifth of each class is held out for it. Files that are no sound images are named and left out.
+    Images lie in one sub-folder per class. Where there is a val/ or test/ split it is used once, for the
+    accuracy that is reported; otherwise a fifth of each class is held out for it. Files that are no sound
+    images are named and left out.
 
     Ctrl-C and SIGTERM let a step end, save, and say how to go on.
     """
     settings = load_settings(fit_image_size=image_size, seed=seed, backbone=backbone, device=device)
     parts = _given(strict=strict, val=val and _there(val), test=test and _there(test))
-    recipe = _given(weights=weights and str(_there(weights, "file")), epochs=epochs, lr=lr, batch_size=batch_size,
-                    train=train, watch=watch, keep_checkpoint=keep_checkpoint or None)
+    recipe = _given(weights=weights and str(_there(weights, "file")), epochs=epochs, lr=lr, train=train,
+                    batch_size=batch_size, watch=watch, keep_checkpoint=keep_checkpoint or None)
     artifact = _outside(_artifact(_there(folder), out, name, resume), folder, val, test)
     with _results(as_json) as done:
         with _resumable(artifact): result = _fit(folder, parts, artifact, settings, resume, recipe)
@@ -325,7 +344,7 @@ def _fit(folder: Path, parts: dict, artifact: Path, settings, resume: bool, reci
 def check(folder: Folder, strict: Strict = False, as_json: AsJson = False) -> None:
     """Look for faults in labelled images: copies, leaks, blanks, unreadable files, rare classes.
 
-    Exit status 0 where a fit is possible, with notes or without; 1 where it is not. Nothing is changed or removed.
+    Exit status 0 where a fit is possible, with notes or without; 1 where it is not. Nothing is changed.
     """
     from sft_course.data import decode_once, decoded_size, describe, inspect, require_whole, scan
     settings = load_settings()
@@ -341,8 +360,9 @@ def _check_summary(c, problems) -> dict:
     "What a program wants to know after a check."
     from collections import Counter
     parts = {p: Counter(c.classes[k] for k in c.labels[c.rows(p)]) for p in ("train", "val", "test")}
-    return {"n": len(c), "classes": list(c.classes), "parts": parts, "kinds": Counter(p.kind for p in problems),
-            "problems": [{"path": p.path, "kind": p.kind, "message": p.message, "other": p.other} for p in problems]}
+    found = [{"path": p.path, "kind": p.kind, "message": p.message, "other": p.other} for p in problems]
+    kinds = Counter(p.kind for p in problems)
+    return {"n": len(c), "classes": list(c.classes), "parts": parts, "kinds": kinds, "problems": found}
 
 # %% ../nbs/a4_cli.ipynb #ddb98762
 def _predictions(result, files: list[Path]) -> Iterator[Any]:
@@ -363,22 +383,25 @@ def _line(p, top: int) -> str:
 # %% ../nbs/a4_cli.ipynb #ef80f1a4
 def _columns(top: int) -> list[str]:
     "The head of a table of predictions."
-    return ["path", "label", "probability"] + [f"{name}_{n}" for n in range(2, top + 1) for name in ("label", "probability")]
+    more = [f"{name}_{n}" for n in range(2, top + 1) for name in ("label", "probability")]
+    return ["path", "label", "probability", *more]
 
 def _require_free(file: Path, is_ours: Callable[[str], bool], option: str) -> None:
     "Raise `SFTError` where something lies at `file` that does not begin as what we would write there."
     if not os.path.lexists(file): return
     try: head = file.open(encoding="utf-8", errors="replace").read(2000)
     except OSError: head = ""
-    if not is_ours(head): raise SFTError(f"{file}: this exists and was not written by sft-course; give another file with {option}.")
+    if is_ours(head): return
+    raise SFTError(f"{file}: this exists and was not written by sft-course; give another file with {option}.")
 
 @contextmanager
 def _writable(file: Path, option: str) -> Iterator[Path]:
     "A temporary path that becomes `file` when the block ends."
     from sft_course.core import whole_file
+    other = f"give another file with {option}."
     try:
         with whole_file(file) as temp: yield temp
-    except OSError as e: raise SFTError(f"{file}: cannot be written ({e.strerror}); give another file with {option}.") from None
+    except OSError as e: raise SFTError(f"{file}: cannot be written ({e.strerror}); {other}") from None
 
 # %% ../nbs/a4_cli.ipynb #98ca3842
 @contextmanager
@@ -389,21 +412,27 @@ def _table_of(file: Path | None, top: int) -> Iterator[Callable[[Any], None]]:
         yield lambda p: None
         return
     _require_free(file, lambda head: head.startswith(",".join(_columns(1))), "--csv")
-    with _writable(file, "--csv") as temp, open(temp, "w", newline="", encoding="utf-8", errors="surrogateescape") as f:
+    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # names keep their bytes
+    with _writable(file, "--csv") as temp, open(temp, "w", **text) as f:
         table = csv.writer(f)
         table.writerow(_columns(top))
         yield lambda p: table.writerow([p.path, *(v for pair in _best(p, top) for v in pair)])
 
 # %% ../nbs/a4_cli.ipynb #c5100b7e
-Files = Annotated[list[Path], typer.Argument(metavar="FILE…", parser=_path, help="Images, or folders of images.")]
-Csv = Annotated[Optional[Path], typer.Option("--csv", parser=_path, metavar="FILE", help="Write a table instead of lines.")]
-Top = Annotated[int, typer.Option("--top", min=1, metavar="K", help="How many classes to name, the most probable first.")]
+Files = Annotated[list[Path], typer.Argument(metavar="FILE…", parser=_path,
+    help="Images, or folders of images.")]
+Csv = Annotated[Optional[Path], typer.Option("--csv", parser=_path, metavar="FILE",
+    help="Write a table instead of lines.")]
+Top = Annotated[int, typer.Option("--top", min=1, metavar="K",
+    help="How many classes to name, the most probable first.")]
 
-@app.command(epilog="Examples: sft-course predict leaves/ new/*.jpg; sft-course predict leaves/ new/ --csv new.csv --top 3")
+@app.command(epilog="Examples: sft-course predict leaves/ new/*.jpg; "
+                    "sft-course predict leaves/ new/ --csv new.csv --top 3")
 def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, as_json: AsJson = False) -> None:
     """Name the class of images with a network that was fitted before.
 
-    A folder stands for the images in it. A file that cannot be read is named and skipped, and the exit status is 1 then.
+    A folder stands for the images in it. A file that cannot be read is named and skipped, and the exit status
+    is 1 then.
     """
     from sft_course.core import pick_device
     from sft_course.recipe import load_artifact
@@ -414,10 +443,11 @@ def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, as_
         if csv: print(f"{n} predictions in {csv}")
         done({"artifact": str(artifact), "n": n, "predictions": rows, "skipped": skipped})
     if skipped: raise typer.Exit(1)
-    if not n: raise SFTError(f"{', '.join(map(str, files[:3]))}: there are no images in it; give image files, or a folder of them.")
+    if not n: raise SFTError(f"{', '.join(map(str, files[:3]))}: there are no images in it; give some.")
 
 # %% ../nbs/a4_cli.ipynb #16d8e7c2
-def _write_predictions(found: Iterator[Any], csv: Path | None, top: int, rows: list[dict] | None) -> tuple[int, list[dict]]:
+def _write_predictions(found: Iterator[Any], csv: Path | None, top: int,
+                       rows: list[dict] | None) -> tuple[int, list[dict]]:
     "Print each `Prediction`, or add it to the table or to `rows`; how many there were, and what was skipped."
     n, skipped = 0, []
     with _table_of(csv, top) as write:
@@ -430,17 +460,19 @@ def _write_predictions(found: Iterator[Any], csv: Path | None, top: int, rows: l
             write(p)
             if rows is not None: rows.append(_row(p, top))
             elif not csv: print(_line(p, top), flush=True)
-    if skipped and n + len(skipped) > 1: _say(f"{len(skipped)} of {n + len(skipped)} files could not be read and were skipped")
+    asked = n + len(skipped)
+    if skipped and asked > 1: _say(f"{len(skipped)} of {asked} files could not be read and were skipped")
     return n, skipped
 
 def _row(p, top: int) -> dict:
     "A `Prediction` for a program."
     best = [{"label": label, "probability": probability} for label, probability in _best(p, top)]
-    return {"path": p.path, "label": p.label, "probability": p.probability, "top": best, "probabilities": p.probabilities}
+    return {"path": p.path, "label": p.label, "probability": p.probability, "top": best,
+            "probabilities": p.probabilities}
 
 # %% ../nbs/a4_cli.ipynb #c114b339
 def _rows(catalog, split: str | None):
-    "Positions of the images to ask about, and what they are: of one split, or by default of the best there is."
+    "Positions of the images to ask about, and their split: the one named, or the best there is."
     import numpy as np
     there = tuple(p for p in ("test", "val", "train") if (catalog.part == p).any())
     if split not in (None, "all", *there):
@@ -449,12 +481,14 @@ def _rows(catalog, split: str | None):
     return (np.arange(len(catalog)) if split == "all" else catalog.rows(split)), split
 
 def _table(e) -> list[dict]:
-    "A row for each class: its images, recall and precision with their 95 % intervals, None for a share of nothing."
+    "A row for each class: how many images, recall and precision with their 95 % intervals."
     from sft_course.evaluation import per_class
     def share(r, name):
         return {name: float(r[name]), f"{name}_interval": [float(r[f"{name} low"]), float(r[f"{name} high"])]}
-    return [{"class": c, "pictures": int(r["pictures"]), "predicted": int(r["predicted"])} | share(r, "recall") | share(r, "precision")
-            for c, r in per_class(e).iterrows()]
+    def row(c, r):
+        counts = {"class": c, "pictures": int(r["pictures"]), "predicted": int(r["predicted"])}
+        return counts | share(r, "recall") | share(r, "precision")
+    return [row(c, r) for c, r in per_class(e).iterrows()]
 
 # %% ../nbs/a4_cli.ipynb #a68c2507
 def _some(names: list[str], most: int = 6) -> str:
@@ -464,7 +498,7 @@ def _some(names: list[str], most: int = 6) -> str:
 # %% ../nbs/a4_cli.ipynb #351cc616
 @dataclass(frozen=True)
 class _Asked:
-    "An artifact's answers: the `Evaluation`, the decoded images, which of them were asked, and the name of their split."
+    "An artifact's answers: the `Evaluation`, the decoded images, the rows that were asked, their split."
     result: Any
     evaluation: Any
     pixels: Any
@@ -474,7 +508,8 @@ class _Asked:
     @property
     def learned(self) -> bool:
         "Whether the network was fitted on these very images."
-        return self.result.card.get("data") == self.pixels.key and bool((self.pixels.catalog.part[self.rows] == "train").any())
+        same = self.result.card.get("data") == self.pixels.key
+        return same and bool((self.pixels.catalog.part[self.rows] == "train").any())
 
 def _ask(result, folder: Path, split: str | None, settings) -> _Asked:
     "Ask a network about a folder of labelled images, prepared as those that it learned from."
@@ -482,9 +517,10 @@ def _ask(result, folder: Path, split: str | None, settings) -> _Asked:
     from sft_course.data import decode_once, decoded_size, scan
     from sft_course.evaluation import evaluate
     p = result.card["preprocessing"]
+    size = decoded_size(p["size"], result.backbone.crop)
     levels = {"levels": tuple(p["levels"])} if p.get("levels") else {}
     catalog = scan(folder, divide=False, classes=result.classes)
-    pixels = decode_once(catalog, decoded_size(p["size"], result.backbone.crop), settings.cache_dir, to_learn=False, **levels)
+    pixels = decode_once(catalog, size, settings.cache_dir, to_learn=False, **levels)
     rows, split = _rows(pixels.catalog, split)
     found = evaluate(result.backbone, pixels, rows, p["size"], result.classes, pick_device(settings))
     return _Asked(result, found, pixels, rows, split)
@@ -493,31 +529,39 @@ def _ask(result, folder: Path, split: str | None, settings) -> _Asked:
 def _report_place(report: Path | None, artifact: Path, folder: Path) -> Path:
     "Where the report of an evaluation goes."
     if report:
-        _require_free(report, lambda head: head.startswith("<!doctype html>") and "<title>Report: " in head, "--report")
+        _require_free(report, _is_report, "--report")
         return report
     base = artifact / f"report-{folder.resolve().stem or 'root'}.html"
     return next(p for p in _numbered(base, ".html") if not os.path.lexists(p))
+
+def _is_report(head: str) -> bool:
+    "Whether a file that begins so is a report of ours."
+    return head.startswith("<!doctype html>") and "<title>Report: " in head
 
 def _report_on(asked: _Asked) -> str:
     "The HTML report of an artifact on other images: what its card says of the old ones is left out."
     from dataclasses import asdict
     from sft_course.evaluation import report_html
     problems = [asdict(p) for p in asked.pixels.catalog.problems]
-    card = asked.result.card | {"metrics": {"n_val": len(asked.rows)}, "data": asked.pixels.key, "problems": problems}
+    metrics = {"n_val": len(asked.rows)}
+    card = asked.result.card | {"metrics": metrics, "data": asked.pixels.key, "problems": problems}
     seen = asked.pixels.pixels[asked.rows]
     return report_html(card, asked.result.history, asked.evaluation, None, asked.result.backbone, seen)
 
 # %% ../nbs/a4_cli.ipynb #3d57f81c
 Report = Annotated[Optional[Path], typer.Option("--report", parser=_path, metavar="FILE",
-                                                help="The report; by default OUT/report-NAME.html, NAME being that of DIR.")]
+    help="The report; by default OUT/report-NAME.html, NAME being that of DIR.")]
 Split = Annotated[Optional[str], typer.Option("--split", metavar="NAME",
-                                              help="train, val, test or all; by default test, else val, else all.")]
+    help="train, val, test or all; by default test, else val, else all.")]
 
-@app.command(epilog="Examples: sft-course evaluate leaves/ autumn/; sft-course evaluate leaves/ autumn/ --report autumn.html --json")
-def evaluate(artifact: Artifact, folder: Folder, report: Report = None, split: Split = None, as_json: AsJson = False) -> None:
+@app.command(epilog="Examples: sft-course evaluate leaves/ autumn/; "
+                    "sft-course evaluate leaves/ autumn/ --report autumn.html --json")
+def evaluate(artifact: Artifact, folder: Folder, report: Report = None, split: Split = None,
+             as_json: AsJson = False) -> None:
     """Measure a network that was fitted before on other labelled images, and write a report.
 
-    Classes are matched by name, in whatever order; DIR may lack some. One that the network does not know is an error.
+    Classes are matched by name, in whatever order; DIR may lack some. One that the network does not know is
+    an error.
     """
     from sft_course.core import pick_device
     from sft_course.recipe import load_artifact
@@ -536,20 +580,23 @@ def evaluate(artifact: Artifact, folder: Folder, report: Report = None, split: S
 def _evaluation(asked: _Asked) -> dict:
     "What a program wants to know after an evaluation."
     from sft_course.evaluation import wilson
-    e, problems = asked.evaluation, asked.pixels.catalog.problems
-    return {"accuracy": e.accuracy, "interval": wilson(e.right.sum(), len(e)), "n": len(e), "split": asked.split,
-            "classes": list(e.classes), "per_class": _plain(_table(e)),
-            "problems": [{"path": p.path, "kind": p.kind, "message": p.message} for p in problems]}
+    e = asked.evaluation
+    problems = [{"path": p.path, "kind": p.kind, "message": p.message} for p in asked.pixels.catalog.problems]
+    return {"accuracy": e.accuracy, "interval": wilson(e.right.sum(), len(e)), "n": len(e),
+            "split": asked.split, "classes": list(e.classes), "per_class": _plain(_table(e)),
+            "problems": problems}
 
 def _tell_of(asked: _Asked, artifact: Path, told: dict, most: int = 20) -> None:
     "What a person wants to know after an evaluation."
     gone = [r["class"] for r in told["per_class"] if not r["pictures"]]
     notes = [p["message"] for p in told["problems"]]
     if gone: notes.append(f"there is no image of {_some(gone)}")
-    if asked.learned: notes.append(f"{artifact} was fitted on these very images, so this says little about others")
+    if asked.learned:
+        notes.append(f"{artifact} was fitted on these very images, so this says little about others")
     _notes(notes, "sft-course check")
     low, high = told["interval"]
-    print(f"accuracy {told['accuracy']:.3f}  (95 % interval {low:.3f} to {high:.3f}) on {told['n']} images, split: {asked.split}")
+    asked_of = f"on {told['n']} images, split: {asked.split}"
+    print(f"accuracy {told['accuracy']:.3f}  (95 % interval {low:.3f} to {high:.3f}) {asked_of}")
     rows = sorted((r for r in told["per_class"] if r["pictures"]), key=lambda r: r["recall"])
     for r in rows[:most]:
         low, high = r["recall_interval"]
@@ -571,44 +618,54 @@ def _matching(names: dict[str, list[str]], part: str) -> dict[str, list[str]]:
     pattern = part.lower() if set(part) & set("*?") else f"*{part.lower()}*"
     found = {k: [n for n in v if fnmatch.fnmatchcase(n.lower(), pattern)] for k, v in names.items()}
     if any(found.values()): return found
-    near = _near(part, tuple(sum(names.values(), [])))
-    raise SFTError(f"no backbone has {part!r} in its name{near or '; sft-course backbones shows where to look.'}")
+    near = _near(part, tuple(sum(names.values(), []))) or "; sft-course backbones shows where to look."
+    raise SFTError(f"no backbone has {part!r} in its name{near}")
 
 # %% ../nbs/a4_cli.ipynb #2ba8ba66
-@app.command(epilog="Examples: sft-course backbones; sft-course backbones resnet; sft-course backbones 'vit_*_16'")
-def backbones(part: Annotated[Optional[str], typer.Argument(metavar="NAME", help="Part of a name, or a pattern with * and ?.")] = None,
-              as_json: AsJson = False) -> None:
+Part = Annotated[Optional[str], typer.Argument(metavar="NAME",
+    help="Part of a name, or a pattern with * and ?.")]
+
+@app.command(epilog="Examples: sft-course backbones; sft-course backbones resnet; "
+                    "sft-course backbones 'vit_*_16'")
+def backbones(part: Part = None, as_json: AsJson = False) -> None:
     """List the networks that --backbone takes.
 
-    The weights of lite0 come with the install; those of the others are downloaded when they are first used. A model of the
-    Hugging Face hub is named hf-hub:OWNER/NAME, and timm/NAME is one of timm's there.
+    The weights of lite0 come with the install; those of the others are downloaded when they are first used. A
+    model of the Hugging Face hub is named hf-hub:OWNER/NAME, and timm/NAME is one of timm's there.
     """
     import textwrap
+    shape = {"width": 110, "subsequent_indent": " " * 13, "break_on_hyphens": False}
     with _results(as_json) as done:
         names = _names()
         found = _matching(names, part) if part else names
         for source, some in found.items():
-            if source == "timm" and not part: some = [f"{len(some)} more; part of a name lists those that have it: sft-course backbones vit"]
-            if some: print(textwrap.fill(", ".join(some), 110, initial_indent=f"{source:<13}", subsequent_indent=" " * 13, break_on_hyphens=False))
+            text = ", ".join(some)
+            if source == "timm" and not part:
+                text = f"{len(some)} more; part of a name lists those that have it: sft-course backbones vit"
+            if text: print(textwrap.fill(text, initial_indent=f"{source:<13}", **shape))
         done(found)
 
 # %% ../nbs/a4_cli.ipynb #dd6828d5
 def _chapters() -> dict[str, Path]:
-    "Where each file of the course lies, by the place that it is copied to: inside the installed package, or in a checkout."
+    "Where each file of the course lies, in the installed package or a checkout, by where it is copied to."
     here = Path(sft_course.__file__).resolve().parent
-    home, top = (here / "notebooks", here) if (here / "notebooks").is_dir() else (here.parent / "nbs", here.parent)
+    installed = (here / "notebooks").is_dir()
+    top = here if installed else here.parent
+    home = here / "notebooks" if installed else top / "nbs"
     images = home / "images" if (home / "images").is_dir() else top / "images"
-    found = {f"nbs/{f.name}": f for f in sorted(home.glob("*.ipynb"))} | {f"images/{f.name}": f for f in sorted(images.glob("*.*"))}
+    found = {f"nbs/{f.name}": f for f in sorted(home.glob("*.ipynb"))}
+    found |= {f"images/{f.name}": f for f in sorted(images.glob("*.*"))}
     return found | {"settings.ini": top / "settings.ini"}
 
 def _copy(files: dict[str, Path], to: Path, force: bool) -> list[str]:
-    "Copy what is not there yet; names of what was copied. Raises `SFTError`, with nothing copied, where a file there differs."
+    "Copy what is not there yet; its names. Raises `SFTError`, before that, where a file there differs."
     from sft_course.core import whole_file
     new = {n: f.read_bytes() for n, f in files.items() if not _is_there(f, to / n)}
     changed = [n for n in new if (to / n).exists()]
     if changed and not force:
         differ = "differs" if len(changed) == 1 else "differ"
-        raise SFTError(f"{to}: {_some(changed)} there {differ} from the course; give another folder, or --force to lose those changes.")
+        raise SFTError(f"{to}: {_some(changed)} there {differ} from the course; give another folder, "
+                       "or --force to lose those changes.")
     for name, content in new.items():
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         with whole_file(to / name) as temp: temp.write_bytes(content)
@@ -622,7 +679,8 @@ def _is_there(file: Path, copy: Path) -> bool:
 To = Annotated[Path, typer.Argument(metavar="TO", parser=_path, help="Folder to copy into.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace notebooks there that were changed.")]
 
-@app.command(epilog="Examples: sft-course notebooks; sft-course notebooks my-course/; sft-course notebooks my-course/ --force")
+@app.command(epilog="Examples: sft-course notebooks; sft-course notebooks my-course/; "
+                    "sft-course notebooks my-course/ --force")
 def notebooks(to: To = Path("sft-course"), force: Force = False, as_json: AsJson = False) -> None:
     """Copy the chapters of the course to a folder, to run and to change.
 
@@ -631,8 +689,10 @@ def notebooks(to: To = Path("sft-course"), force: Force = False, as_json: AsJson
     from importlib.util import find_spec
     with _results(as_json) as done:
         try: copied = _copy(_chapters(), to, force)
-        except OSError as e: raise SFTError(f"{to}: cannot be written ({e.strerror}); give another folder.") from None
-        print(f"{len(copied)} file{'s' * (len(copied) != 1)} copied to {to}" if copied else f"{to} has them all already")
+        except OSError as e:
+            raise SFTError(f"{to}: cannot be written ({e.strerror}); give another folder.") from None
+        files = "file" if len(copied) == 1 else "files"
+        print(f"{len(copied)} {files} copied to {to}" if copied else f"{to} has them all already")
         if not find_spec("jupyterlab"): print('install JupyterLab first: pip install "sft_course[course]"')
         print(f"open them: jupyter lab {_typed(to / 'nbs' / 'index.ipynb')}")
         done({"folder": str(to), "copied": copied})
@@ -642,12 +702,14 @@ def _megabytes(n: int) -> str:
     "A number of bytes as a person reads it."
     return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
+Clear = Annotated[bool, typer.Option("--clear", help="Delete what is kept; it is made again when needed.")]
+
 @app.command(epilog="Examples: sft-course cache; sft-course cache --clear")
-def cache(clear: Annotated[bool, typer.Option("--clear", help="Delete what is kept; it is made again when it is needed.")] = False,
-          as_json: AsJson = False) -> None:
+def cache(clear: Clear = False, as_json: AsJson = False) -> None:
     """Say what is kept between runs, where, and how large it is; or clear it.
 
-    The place is the setting `cache`, by default $XDG_CACHE_HOME/sft_course or ~/.cache/sft_course. Models are never kept there.
+    The place is the setting `cache`, by default $XDG_CACHE_HOME/sft_course or ~/.cache/sft_course. Models are
+    never kept there.
     """
     from sft_course.data import cache_summary, clear_cache
     place = load_settings().cache_dir
@@ -661,7 +723,8 @@ def cache(clear: Annotated[bool, typer.Option("--clear", help="Delete what is ke
         done({"place": str(place), "bytes": total, "freed": freed, "kinds": kinds})
 
 # %% ../nbs/a4_cli.ipynb #c722d114
-_PACKAGES = ("sft_course", "torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "safetensors", "typer")
+_PACKAGES = ("sft_course", "torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "safetensors",
+             "typer")
 
 def _versions() -> dict[str, str]:
     "Python, the system, and the packages that decide what a run does."
@@ -717,28 +780,29 @@ def _speed(seconds: float = 2) -> dict[str, Any]:
             model(batch).sum().item()  # waits for the GPU
             if seen < 0: start = time.perf_counter()  # the first batch warms up
             seen += len(batch)
-    return {"images_per_second": round(seen / (time.perf_counter() - start), 1), "size": size, "device": str(device)}
+    rate = seen / (time.perf_counter() - start)
+    return {"images_per_second": round(rate, 1), "size": size, "device": str(device)}
 
 # %% ../nbs/a4_cli.ipynb #d4229a68
 def _settings_in_force() -> dict[str, Any]:
-    "The settings that differ from the defaults, and where they stand."
+    "The settings.ini in force, and what the environment sets."
     from sft_course.core import settings_file
     settings, file = load_settings(), settings_file()
-    mine = {k: f"{getattr(settings, k)} ({where})" for k, where in settings.origin.items() if where.startswith("environment")}
-    return {"file": str(file) if file else None} | mine
+    mine = [k for k, where in settings.origin.items() if where.startswith("environment")]
+    return {"file": str(file) if file else None} | {k: getattr(settings, k) for k in mine}
 
 def _found(look: Callable[[], Any]) -> Any:
     "What `look` finds, or why it cannot."
     try: return look()
     except Exception as e: return f"cannot be told ({type(e).__name__}: {str(e)[:300]})"
 
-_LOOKS = {"versions": _versions, "settings": _settings_in_force, "device": _devices, "threads": _threads, "cache": _cache_place,
-          "weights": _weights_there, "speed": _speed}
+_LOOKS = {"versions": _versions, "settings": _settings_in_force, "device": _devices, "threads": _threads,
+          "cache": _cache_place, "weights": _weights_there, "speed": _speed}
 
 # %% ../nbs/a4_cli.ipynb #8a1f9059
 @app.command(epilog="Examples: sft-course doctor; sft-course doctor --json")
 def doctor(as_json: AsJson = False) -> None:
-    """Say what a bug report needs: versions, device, threads, cache, weights, and a two-second test of speed."""
+    """Say what a bug report needs: versions, device, threads, cache, weights, speed (two seconds)."""
     with _results(as_json) as done:
         told = {}
         for name, look in _LOOKS.items():
@@ -749,7 +813,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 # %% ../nbs/a4_cli.ipynb #142cda72
 def _wait_asleep() -> None:
-    "Let threads that wait sleep: GNU's OpenMP reads the first when torch loads, Intel's and LLVM's both. What is set already stays."
+    "Let threads that wait sleep: GNU's OpenMP reads the first when torch loads, Intel's and LLVM's both."
     if "OMP_WAIT_POLICY" in os.environ: return
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("KMP_BLOCKTIME", "0")
@@ -786,17 +850,19 @@ def _failed(message: str, status: int) -> int:
 # %% ../nbs/a4_cli.ipynb #ec3bd0d0
 def _as_option(text: str) -> str:
     "The sentence of an error, with an argument of `load_settings` named as the option that a person gave."
-    def option(found): return "--" + {"fit_image_size": "image-size"}.get(found[1], found[1].replace("_", "-"))
+    def option(found):
+        return "--image-size" if found[1] == "fit_image_size" else "--" + found[1].replace("_", "-")
     return re.sub(r"^argument (\w+)", option, text)
 
 def _unexpected(e: Exception) -> int:
-    "Say what no command foresaw, in one sentence if it is the machine's or the caller's doing; the exit status."
+    "Say what no command foresaw, in one sentence; the exit status."
     if hasattr(e, "format_message"): return _misused(e)
     if os.environ.get("SFT_DEBUG"): raise e
-    if _nowhere(): return _failed("the working directory is not there any more; change to another one and run again.", 1)
+    if _nowhere(): return _failed("the working directory was deleted; change to another one.", 1)
+    text = f"an unexpected fault: {type(e).__name__}: {str(e)[:300]}"
     if isinstance(e, OSError) and e.strerror:
-        return _failed(f"{e.filename or 'what was printed or written'}: {e.strerror}; see to it and run again (SFT_DEBUG=1 shows where).", 1)
-    return _failed(f"an unexpected fault: {type(e).__name__}: {str(e)[:300]} (SFT_DEBUG=1 shows where)", 1)
+        text = f"{e.filename or 'what was printed or written'}: {e.strerror}; see to it and run again"
+    return _failed(f"{text} (SFT_DEBUG=1 shows where)", 1)
 
 def _nowhere() -> bool:
     "Whether the working directory was deleted."
@@ -808,11 +874,12 @@ def _misused(e: Any) -> int:
     "A command used wrongly: what typer says of it, and where to read how it is used; the exit status."
     command = e.ctx.command_path if getattr(e, "ctx", None) else "sft-course"
     text = " ".join(e.format_message().split()).rstrip(".")
-    return _failed(f"{text} See: {command} --help" if text.endswith("?") else f"{text}; see: {command} --help", 2)
+    see = " See" if text.endswith("?") else "; see"
+    return _failed(f"{text}{see}: {command} --help", 2)
 
 # %% ../nbs/a4_cli.ipynb #d67b3201
 def _open_streams() -> None:
-    "Standard streams that are closed become the null device; names of files that a stream cannot show are printed as escapes."
+    "Streams that are closed become the null device; names that a stream cannot show are printed as escapes."
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors="backslashreplace")
