@@ -12,7 +12,7 @@ __all__ = ['app', 'DIR', 'Folder', 'Artifact', 'Out', 'AsJson', 'Strict', 'WATCH
 import difflib, json, math, os, re, shlex, signal, sys, warnings
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
-from itertools import count, groupby
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterator, Optional
 import typer
@@ -25,6 +25,7 @@ app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_
                   help="Fine-tune a pretrained image classifier on a folder of labelled images.",
                   epilog="Example: sft-course fit photos/ --out oak/, then sft-course predict oak/ new.jpg")
 
+# %% ../nbs/a4_cli.ipynb #6a1741d8
 def _version(asked: bool) -> None:
     "Print the version and end, where --version was given."
     if not asked: return
@@ -80,6 +81,7 @@ def _results(as_json: bool) -> Iterator[Callable[[Any], None]]:
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         yield done
 
+# %% ../nbs/a4_cli.ipynb #81cf3d6d
 def _plain(value: Any) -> Any:
     "The same in what JSON has. A number that is not finite becomes null, which every reader understands."
     if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
@@ -109,7 +111,8 @@ def _holds(out: Path) -> str:
     if {"card.json", "model.safetensors"} <= there: return "model"
     if not all(_ours(name) for name in there): return "other"
     if "last.ckpt" in there: return "unfinished"
-    return "nothing" if not there or ".lock" in there else "other"
+    half = {".lock", ".card.json.saving"} & there  # a run that was killed while it began, or while it saved
+    return "nothing" if half or not there else "other"
 
 def _ours(name: str) -> bool:
     "Whether a run writes a file of this name, or writes it first under this one."
@@ -174,6 +177,7 @@ def _end(number: int, frame: Any = None) -> None:
     "What a signal does."
     raise _Ended(number)
 
+# %% ../nbs/a4_cli.ipynb #72a042c8
 def _again() -> str:
     "The command that was given, with --resume."
     words = [w for w in sys.argv[1:] if w != "--resume"]
@@ -195,6 +199,7 @@ def _near(text: str, names: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(text.lower(), names, 1)
     return f"; did you mean {near[0]}?" if near else ""
 
+# %% ../nbs/a4_cli.ipynb #c8cf4c86
 def _depth(text: str) -> int | str:
     "What --train says: head, all, or how many stages from the top."
     if text in ("head", "all"): return text
@@ -243,6 +248,8 @@ Lr = Annotated[Optional[float], typer.Option("--lr", parser=_rate, metavar="RATE
 Batch = Annotated[Optional[int], typer.Option("--batch-size", min=2, help="Images in a step when tuning.")]
 Train = Annotated[Optional[str], typer.Option("--train", parser=_depth, metavar="head|N|all",
     help="What is tuned: the head alone, N stages from the top, or all.")]
+
+# %% ../nbs/a4_cli.ipynb #a66d0fcf
 Val = Annotated[Optional[Path], typer.Option("--val", parser=_path, metavar="DIR",
     help="Class folders to choose with.")]
 Test = Annotated[Optional[Path], typer.Option("--test", parser=_path, metavar="DIR",
@@ -331,6 +338,7 @@ def _progress(text: str) -> None:
     "A line that says how far a run is."
     print(text, file=sys.stderr, flush=True)
 
+# %% ../nbs/a4_cli.ipynb #49f920a0
 def _fit(folder: Path, parts: dict, artifact: Path, settings, resume: bool, recipe: dict):
     "The `Result` of a run: `parts` says how the folder is read, `recipe` what of the recipe is changed."
     from sft_course.data import scan
@@ -349,13 +357,14 @@ def check(folder: Folder, strict: Strict = False, as_json: AsJson = False) -> No
     from sft_course.data import decode_once, decoded_size, describe, inspect, require_whole, scan
     settings = load_settings()
     with _results(as_json) as done:
-        catalog = scan(_there(folder), settings.seed)
-        found = decode_once(catalog, decoded_size(settings.fit_image_size), settings.cache_dir)
-        problems = found.catalog.problems + inspect(found)
-        print("\n".join(describe(found.catalog, problems)))
-        done(_check_summary(found.catalog, problems))
-        if strict: require_whole(found.catalog)
+        size = decoded_size(settings.fit_image_size)
+        found = decode_once(scan(_there(folder), settings.seed), size, settings.cache_dir)
+        c, problems = found.catalog, found.catalog.problems + inspect(found)
+        print("\n".join(describe(c, problems)))
+        done(_check_summary(c, problems))
+        if strict: require_whole(c)
 
+# %% ../nbs/a4_cli.ipynb #6989ad3c
 def _check_summary(c, problems) -> dict:
     "What a program wants to know after a check."
     from collections import Counter
@@ -365,11 +374,6 @@ def _check_summary(c, problems) -> dict:
     return {"n": len(c), "classes": list(c.classes), "parts": parts, "kinds": kinds, "problems": found}
 
 # %% ../nbs/a4_cli.ipynb #ddb98762
-def _predictions(result, files: list[Path]) -> Iterator[Any]:
-    "A `Prediction` for each file, and for each image in a folder, in the order in which they were given."
-    for is_folder, some in groupby(files, os.path.isdir):
-        for what in (some if is_folder else [list(some)]): yield from result.predict_stream(what)
-
 def _best(p, top: int) -> list[tuple[str, float]]:
     "The `top` most probable classes of a `Prediction`, and their probabilities."
     return sorted(p.probabilities.items(), key=lambda item: -item[1])[:top]
@@ -386,6 +390,7 @@ def _columns(top: int) -> list[str]:
     more = [f"{name}_{n}" for n in range(2, top + 1) for name in ("label", "probability")]
     return ["path", "label", "probability", *more]
 
+# %% ../nbs/a4_cli.ipynb #313eb7c0
 def _require_free(file: Path, is_ours: Callable[[str], bool], option: str) -> None:
     "Raise `SFTError` where something lies at `file` that does not begin as what we would write there."
     if not os.path.lexists(file): return
@@ -394,6 +399,7 @@ def _require_free(file: Path, is_ours: Callable[[str], bool], option: str) -> No
     if is_ours(head): return
     raise SFTError(f"{file}: this exists and was not written by sft-course; give another file with {option}.")
 
+# %% ../nbs/a4_cli.ipynb #5fa36136
 @contextmanager
 def _writable(file: Path, option: str) -> Iterator[Path]:
     "A temporary path that becomes `file` when the block ends."
@@ -426,6 +432,7 @@ Csv = Annotated[Optional[Path], typer.Option("--csv", parser=_path, metavar="FIL
 Top = Annotated[int, typer.Option("--top", min=1, metavar="K",
     help="How many classes to name, the most probable first.")]
 
+# %% ../nbs/a4_cli.ipynb #bb741dd4
 @app.command(epilog="Examples: sft-course predict leaves/ new/*.jpg; "
                     "sft-course predict leaves/ new/ --csv new.csv --top 3")
 def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, as_json: AsJson = False) -> None:
@@ -439,11 +446,11 @@ def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, as_
     result = load_artifact(_there(artifact), pick_device(load_settings()))
     rows: list[dict] | None = [] if as_json else None
     with _results(as_json) as done:
-        n, skipped = _write_predictions(_predictions(result, files), csv, top, rows)
+        found = result.predict_stream(files)
+        n, skipped = _write_predictions(found, csv, min(top, len(result.classes)), rows)
         if csv: print(f"{n} predictions in {csv}")
         done({"artifact": str(artifact), "n": n, "predictions": rows, "skipped": skipped})
     if skipped: raise typer.Exit(1)
-    if not n: raise SFTError(f"{', '.join(map(str, files[:3]))}: there are no images in it; give some.")
 
 # %% ../nbs/a4_cli.ipynb #16d8e7c2
 def _write_predictions(found: Iterator[Any], csv: Path | None, top: int,
@@ -464,6 +471,7 @@ def _write_predictions(found: Iterator[Any], csv: Path | None, top: int,
     if skipped and asked > 1: _say(f"{len(skipped)} of {asked} files could not be read and were skipped")
     return n, skipped
 
+# %% ../nbs/a4_cli.ipynb #bbf2a50f
 def _row(p, top: int) -> dict:
     "A `Prediction` for a program."
     best = [{"label": label, "probability": probability} for label, probability in _best(p, top)]
@@ -480,6 +488,7 @@ def _rows(catalog, split: str | None):
     if split is None: split = there[0] if len(there) > 1 else "all"
     return (np.arange(len(catalog)) if split == "all" else catalog.rows(split)), split
 
+# %% ../nbs/a4_cli.ipynb #8218e5dd
 def _table(e) -> list[dict]:
     "A row for each class: how many images, recall and precision with their 95 % intervals."
     from sft_course.evaluation import per_class
@@ -511,6 +520,7 @@ class _Asked:
         same = self.result.card.get("data") == self.pixels.key
         return same and bool((self.pixels.catalog.part[self.rows] == "train").any())
 
+# %% ../nbs/a4_cli.ipynb #908d634c
 def _ask(result, folder: Path, split: str | None, settings) -> _Asked:
     "Ask a network about a folder of labelled images, prepared as those that it learned from."
     from sft_course.core import pick_device
@@ -538,6 +548,7 @@ def _is_report(head: str) -> bool:
     "Whether a file that begins so is a report of ours."
     return head.startswith("<!doctype html>") and "<title>Report: " in head
 
+# %% ../nbs/a4_cli.ipynb #03ef867e
 def _report_on(asked: _Asked) -> str:
     "The HTML report of an artifact on other images: what its card says of the old ones is left out."
     from dataclasses import asdict
@@ -554,6 +565,7 @@ Report = Annotated[Optional[Path], typer.Option("--report", parser=_path, metava
 Split = Annotated[Optional[str], typer.Option("--split", metavar="NAME",
     help="train, val, test or all; by default test, else val, else all.")]
 
+# %% ../nbs/a4_cli.ipynb #ae7529a9
 @app.command(epilog="Examples: sft-course evaluate leaves/ autumn/; "
                     "sft-course evaluate leaves/ autumn/ --report autumn.html --json")
 def evaluate(artifact: Artifact, folder: Folder, report: Report = None, split: Split = None,
@@ -586,6 +598,7 @@ def _evaluation(asked: _Asked) -> dict:
             "split": asked.split, "classes": list(e.classes), "per_class": _plain(_table(e)),
             "problems": problems}
 
+# %% ../nbs/a4_cli.ipynb #0374aa2a
 def _tell_of(asked: _Asked, artifact: Path, told: dict, most: int = 20) -> None:
     "What a person wants to know after an evaluation."
     gone = [r["class"] for r in told["per_class"] if not r["pictures"]]
@@ -597,6 +610,11 @@ def _tell_of(asked: _Asked, artifact: Path, told: dict, most: int = 20) -> None:
     low, high = told["interval"]
     asked_of = f"on {told['n']} images, split: {asked.split}"
     print(f"accuracy {told['accuracy']:.3f}  (95 % interval {low:.3f} to {high:.3f}) {asked_of}")
+    _tell_classes(told, most)
+
+# %% ../nbs/a4_cli.ipynb #78547b49
+def _tell_classes(told: dict, most: int) -> None:
+    "A line for each of the `most` classes of which the smallest share was found."
     rows = sorted((r for r in told["per_class"] if r["pictures"]), key=lambda r: r["recall"])
     for r in rows[:most]:
         low, high = r["recall_interval"]
@@ -612,6 +630,7 @@ def _names() -> dict[str, list[str]]:
     others = {n.split(".")[0] for n in timm.list_models(pretrained=True)} - set(vision)
     return {"bundled": ["lite0"], "torchvision": vision, "timm": sorted(others)}
 
+# %% ../nbs/a4_cli.ipynb #189a6c8e
 def _matching(names: dict[str, list[str]], part: str) -> dict[str, list[str]]:
     "The names that have `part` in them, or that fit it as a pattern. Raises `SFTError` where there are none."
     import fnmatch
@@ -625,6 +644,7 @@ def _matching(names: dict[str, list[str]], part: str) -> dict[str, list[str]]:
 Part = Annotated[Optional[str], typer.Argument(metavar="NAME",
     help="Part of a name, or a pattern with * and ?.")]
 
+# %% ../nbs/a4_cli.ipynb #c5c1baaa
 @app.command(epilog="Examples: sft-course backbones; sft-course backbones resnet; "
                     "sft-course backbones 'vit_*_16'")
 def backbones(part: Part = None, as_json: AsJson = False) -> None:
@@ -657,6 +677,7 @@ def _chapters() -> dict[str, Path]:
     found |= {f"images/{f.name}": f for f in sorted(images.glob("*.*"))}
     return found | {"settings.ini": top / "settings.ini"}
 
+# %% ../nbs/a4_cli.ipynb #4137bd3c
 def _copy(files: dict[str, Path], to: Path, force: bool) -> list[str]:
     "Copy what is not there yet; its names. Raises `SFTError`, before that, where a file there differs."
     from sft_course.core import whole_file
@@ -671,6 +692,7 @@ def _copy(files: dict[str, Path], to: Path, force: bool) -> list[str]:
         with whole_file(to / name) as temp: temp.write_bytes(content)
     return list(new)
 
+# %% ../nbs/a4_cli.ipynb #80ed1692
 def _is_there(file: Path, copy: Path) -> bool:
     "Whether nothing is to be copied: the same lies there, or a control panel, which is the reader's."
     return copy.exists() and (copy.name == "settings.ini" or copy.read_bytes() == file.read_bytes())
@@ -679,6 +701,7 @@ def _is_there(file: Path, copy: Path) -> bool:
 To = Annotated[Path, typer.Argument(metavar="TO", parser=_path, help="Folder to copy into.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace notebooks there that were changed.")]
 
+# %% ../nbs/a4_cli.ipynb #34b4b523
 @app.command(epilog="Examples: sft-course notebooks; sft-course notebooks my-course/; "
                     "sft-course notebooks my-course/ --force")
 def notebooks(to: To = Path("sft-course"), force: Force = False, as_json: AsJson = False) -> None:
@@ -702,8 +725,10 @@ def _megabytes(n: int) -> str:
     "A number of bytes as a person reads it."
     return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
+# %% ../nbs/a4_cli.ipynb #303af60f
 Clear = Annotated[bool, typer.Option("--clear", help="Delete what is kept; it is made again when needed.")]
 
+# %% ../nbs/a4_cli.ipynb #b21ceeab
 @app.command(epilog="Examples: sft-course cache; sft-course cache --clear")
 def cache(clear: Clear = False, as_json: AsJson = False) -> None:
     """Say what is kept between runs, where, and how large it is; or clear it.
@@ -736,6 +761,7 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError: found[name] = "not installed"
     return found
 
+# %% ../nbs/a4_cli.ipynb #3f99aefa
 def _devices() -> dict[str, Any]:
     "What torch computes on, and which of it the settings pick."
     import torch
@@ -751,6 +777,7 @@ def _threads() -> dict[str, Any]:
     said = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("OMP_", "MKL_", "KMP_", "GOMP_"))}
     return {"cores": cores, "torch": torch.get_num_threads()} | said
 
+# %% ../nbs/a4_cli.ipynb #4cadf612
 def _cache_place() -> dict[str, Any]:
     "Where the cache is, and how large."
     from sft_course.data import cache_summary
@@ -838,6 +865,7 @@ def main() -> None:
     except Exception as e: status = _unexpected(e)
     sys.exit(_flushed(status))
 
+# %% ../nbs/a4_cli.ipynb #559363e1
 def _note_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     "A warning as one line."
     _say(f"note: {str(message).strip().splitlines()[0][:300]}")
@@ -854,6 +882,7 @@ def _as_option(text: str) -> str:
         return "--image-size" if found[1] == "fit_image_size" else "--" + found[1].replace("_", "-")
     return re.sub(r"^argument (\w+)", option, text)
 
+# %% ../nbs/a4_cli.ipynb #fe2bce8e
 def _unexpected(e: Exception) -> int:
     "Say what no command foresaw, in one sentence; the exit status."
     if hasattr(e, "format_message"): return _misused(e)
@@ -864,6 +893,7 @@ def _unexpected(e: Exception) -> int:
         text = f"{e.filename or 'what was printed or written'}: {e.strerror}; see to it and run again"
     return _failed(f"{text} (SFT_DEBUG=1 shows where)", 1)
 
+# %% ../nbs/a4_cli.ipynb #430b744b
 def _nowhere() -> bool:
     "Whether the working directory was deleted."
     try: os.getcwd()
