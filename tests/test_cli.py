@@ -98,7 +98,7 @@ def test_predict_with_something_else_than_an_artifact(cli, tmp_path, stripes):
     assert "not an artifact" in sentence(cli("predict", "stripes", "stripes/waves/00.jpg", cwd=tmp_path))
 
 
-@pytest.mark.parametrize("command", ["", "demo", "fit", "check", "predict", "evaluate", "backbones", "notebooks"])
+@pytest.mark.parametrize("command", ["", "demo", "fit", "check", "predict", "evaluate", "backbones", "notebooks", "cache", "doctor"])
 def test_help_has_an_example(cli, command):
     done = cli(*command.split(), "--help")
     assert done.returncode == 0 and "Usage" in done.stdout and f"sft-course {command or 'fit'}" in done.stdout.split("Example")[1]
