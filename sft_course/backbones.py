@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['LITE0_SHA256', 'load_weights', 'misfits', 'Stage', 'find_head', 'cut_into_stages', 'Backbone', 'open_backbone',
-           'new_head', 'account']
+           'fitting_size', 'as_backbone', 'new_head', 'account']
 
 # %% ../nbs/02_backbones.ipynb #5f8b64bb
-import difflib, hashlib
-from dataclasses import dataclass
+import copy, difflib, hashlib, math
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
-from .core import SFTError, seeded
+from .core import SFTError, expanded, own_torch_state, seeded
 
 # %% ../nbs/02_backbones.ipynb #336bfee5
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -27,31 +29,184 @@ def _lite0_weights() -> dict[str, torch.Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 # %% ../nbs/02_backbones.ipynb #ad1d2aba
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    "Load a `.safetensors`, `.pth` or `.pt` file of tensors, executing nothing. Raises `SFTError` where it does not fit."
-    path = Path(path)
-    if not path.is_file(): raise SFTError(f"weights {path}: there is no such file; give a .safetensors, .pth or .pt file.")
-    try: found = _read_tensors(path)
-    except Exception as e:
-        raise SFTError(f"weights {path}: not a file of tensors ({str(e).splitlines()[0][:100]}); give one that holds a state_dict.") from None
-    if wrong := misfits(model.state_dict(), found):
-        raise SFTError(f"weights {path}: {len(wrong)} entries do not fit this network, the first is {wrong[0]}; "
-                             "give the weights of the same model.")
-    model.load_state_dict(found)
+@own_torch_state()
+def load_weights(model: nn.Module, path: str | Path, head: str | None = None) -> str:
+    """Load weights from a file, executing nothing in it; returns a sentence that says what fitted and what did not.
+
+    path: a `.safetensors`, `.pth`, `.pt`, `.bin` or `.ckpt` file, or a folder with `model.safetensors`, such as an artifact.
+    head: name of the layer that makes the logits (None: as timm says, else the last that is defined). One for other classes is left out.
+    Raises `SFTError` where there are no weights in it, or too few of them fit.
+    """
+    file = _weights_file(expanded(path))
+    tables = list(_tables(found := _read(file)))
+    if not tables:
+        raise SFTError(f"weights {file}: not a file of tensors (it holds an object of type {type(found).__name__}); {_GIVE}.")
+    fit = _best_fit(model, tables, head or _likely_head(model))
+    if wrong := fit.refusal():
+        raise SFTError(f"weights {file}: {wrong}; give the weights of the same model.")
+    model.load_state_dict(fit.given, strict=False)
+    return f"weights {file.name}: {_said(fit)}."
+
+_GIVE = "give a file that holds your network's state_dict()"
 
 # %% ../nbs/02_backbones.ipynb #245aecf8
 def misfits(want: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> list[str]:
     "Names that only one of two state_dicts has, or whose shapes differ."
     return [k for k in {**want, **found} if k not in want or k not in found or want[k].shape != found[k].shape]
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-        return load_file(path)
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(found, dict): found = found.get("state_dict", found)
-    if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()): raise ValueError("it holds something else")
-    return found
+def _weights_file(path: Path) -> Path:
+    "The file itself, or the one that an artifact or the Hugging Face Hub keeps in a folder."
+    names = ("model.safetensors", "pytorch_model.bin")
+    file = next((path / n for n in names if (path / n).is_file()), path)
+    if not file.is_file():
+        raise SFTError(f"weights {path}: there is no such file; give a .safetensors, .pth or .pt file, or a folder with model.safetensors.")
+    return file
+
+def _first_line(e: Exception) -> str:
+    "What an exception says, short enough for a sentence."
+    return next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)[:100].strip(" .:")
+
+def _likely_head(model: nn.Module) -> str:
+    "The layer that timm calls the classifier, else the last linear or convolutional layer that is defined."
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
+    names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    return name if name in names else ["", *names][-1]
+
+# %% ../nbs/02_backbones.ipynb #ef84def2
+class _Nothing:
+    "Stands for an object in a checkpoint whose class is not loaded: it takes anything and does nothing."
+    def __init__(self, *args, **kwargs): pass
+
+    def __setstate__(self, state): pass
+
+def _empty_classes(path: Path) -> list[tuple[type, str]]:
+    "An empty class for each name in the checkpoint that torch does not trust, as `safe_globals` takes them."
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (AttributeError, ValueError):  # an older torch, or a file of its older format
+        return []
+    return [(type(name, (_Nothing,), {}), name) for name in names]
+
+def _read(path: Path) -> Any:
+    "What a file of weights holds; nothing in it is executed."
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        empty = _empty_classes(path)
+        with torch.serialization.safe_globals(empty) if empty else nullcontext():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        why = _first_line(e)
+        if why.startswith("Weights only load failed"):
+            why = "to read it would run code"
+        raise SFTError(f"weights {path}: not a file of tensors ({why}); {_GIVE}.") from None
+
+# %% ../nbs/02_backbones.ipynb #39d30b63
+def _tables(found: Any, name: str = "", depth: int = 3) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    "Each dictionary of tensors in a checkpoint, with the keys that lead to it."
+    if not isinstance(found, Mapping):
+        return
+    tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    if tensors:
+        yield name, tensors
+    for k, v in found.items():
+        if depth:
+            yield from _tables(v, f"{name}.{k}" if name else str(k), depth - 1)
+
+def _is_average(name: str) -> bool:
+    "Whether weights of this name are a running average of others."
+    return any(word in name.lower() for word in ("ema", "average", "teacher"))
+
+# %% ../nbs/02_backbones.ipynb #0e73983b
+@dataclass(frozen=True)
+class _Fit:
+    "How a table of tensors, `prefix` taken off its names, fits a network: `given` are the entries that do."
+    table: str
+    prefix: str
+    head: str
+    want: dict[str, torch.Tensor]
+    found: dict[str, torch.Tensor]
+    given: dict[str, torch.Tensor]
+
+    @property
+    def body(self) -> list[str]:
+        "Entries of the network outside its head; the counters of batch norms, which decide nothing, are left out."
+        return [n for n in self.want if not n.startswith(self.head + ".") and not n.endswith("num_batches_tracked")]
+
+    @property
+    def deeper(self) -> int:
+        "How many numbers the file has for parts of the network that are not there, as the weights of a deeper one do."
+        parts = {n.partition(".")[0] for n in self.body}
+        return sum(t.numel() for n, t in self.found.items() if n not in self.want and "." in n and n.partition(".")[0] in parts)
+
+    def refusal(self) -> str:
+        "Why these are the weights of another network; empty where they are not."
+        numbers = sum(self.want[n].numel() for n in self.body)
+        missing = [n for n in self.body if n not in self.given]
+        if wrong := next((n for n in missing if n in self.found), None):
+            shapes = (tuple(self.found[wrong].shape), tuple(self.want[wrong].shape))
+            return f"{len(missing)} of {len(self.body)} tensors do not fit this network: {wrong} is {shapes[0]} there and {shapes[1]} here"
+        if len(missing) > .1 * len(self.body) or sum(self.want[n].numel() for n in missing) > .1 * numbers:
+            return f"{len(missing)} of {len(self.body)} tensors do not fit this network, the first that is missing is {missing[0]}"
+        if self.deeper > .1 * numbers:
+            return f"the file has {self.deeper:,} numbers more for the same parts, so its tensors do not fit this network but a deeper one"
+        return ""
+
+# %% ../nbs/02_backbones.ipynb #72e26884
+def _said(fit: _Fit) -> str:
+    "What fitted and what did not, without the full stop."
+    names = [n for n in fit.want if not n.endswith("num_batches_tracked")]
+    missing = [n for n in fit.body if n not in fit.given]
+    unused = [n for n in fit.found if n not in fit.want and not n.startswith(fit.head + ".")]
+    fitted = sum(n in fit.given for n in names)
+    from_where = [f"from {fit.table!r}"] * bool(fit.table) + [f"without the prefix {fit.prefix!r}"] * bool(fit.prefix)
+    parts = [f"{fitted} of {len(names)} tensors fit" + (f" ({', '.join(from_where)})" if from_where else "")]
+    if f"{fit.head}.weight" not in fit.given:
+        head = fit.found.get(f"{fit.head}.weight")
+        parts += ["there is no head of its own in it" if head is None else f"its head of {len(head)} classes was left out"]
+    if missing:
+        parts += [f"{len(missing)} are missing and stay as they were, the first is {missing[0]}"]
+    if unused:
+        parts += [f"{len(unused)} others in it are not used, the first is {unused[0]}"]
+    return "; ".join(parts)
+
+# %% ../nbs/02_backbones.ipynb #6d704517
+def _best_fit(model: nn.Module, tables: Sequence[tuple[str, dict[str, torch.Tensor]]], head: str) -> _Fit:
+    "The table and the prefix with which most entries of the network are found."
+    want = model.state_dict()
+    def rank(table, prefix, hits): return -hits, not _is_average(f"{table}.{prefix}"), len(prefix)
+    found = [(rank(name, prefix, hits), name, prefix, table) for name, table in tables for prefix, hits in _prefixes(want, table).items()]
+    _, name, prefix, table = min(found, key=lambda f: f[0])
+    bare = {k[len(prefix):]: v for k, v in table.items() if k.startswith(prefix)}
+    bare |= _at_this_size(model, bare)
+    given = {n: bare[n] for n in want if n in bare and bare[n].shape == want[n].shape}
+    if misfit := [n for n in want if n.startswith(head + ".") and n not in given]:
+        given = {n: t for n, t in given.items() if not n.startswith(misfit[0].rpartition(".")[0] + ".")}  # no half of a head
+    return _Fit(name, prefix, head, want, bare, given)
+
+def _prefixes(want: Mapping[str, torch.Tensor], table: Mapping[str, torch.Tensor]) -> Counter:
+    "How many entries are found in the right shape under each beginning of names, '' among them."
+    hits = Counter({"": 0})
+    for name, t in table.items():
+        parts = name.split(".")
+        for i in range(min(len(parts), 5)):
+            bare = ".".join(parts[i:])
+            if bare in want and want[bare].shape == t.shape:
+                hits[name[:len(name) - len(bare)]] += 1
+    return hits
+
+def _at_this_size(model: nn.Module, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "Position embeddings of a vision transformer, interpolated where it was made for images of another size."
+    here, there, patches = getattr(model, "pos_embed", None), found.get("pos_embed"), getattr(model, "patch_embed", None)
+    if not isinstance(here, torch.Tensor) or there is None or there.dim() != 3 or here.shape == there.shape or not hasattr(patches, "grid_size"):
+        return {}
+    from timm.layers import resample_abs_pos_embed
+    tokens = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0)
+    try:
+        return {"pos_embed": resample_abs_pos_embed(there, list(patches.grid_size), num_prefix_tokens=tokens)}
+    except (RuntimeError, ValueError):  # not a square of positions: then they do not fit
+        return {}
 
 # %% ../nbs/02_backbones.ipynb #3bf794e7
 @dataclass(frozen=True)
@@ -79,15 +234,24 @@ def _to_open(model: nn.Module, units: list[str], head: str, ran: set[str], share
     return next(iter(holds_head + lists + largest), None)
 
 # %% ../nbs/02_backbones.ipynb #ca61c79b
+@contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    "Evaluation mode inside the block; then every module is in the mode it was in before, which `model.train()` would not know."
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for m, was in modes: m.training = was
+
 def _order_of_use(model: nn.Module, size: int) -> list[str]:
     "Names of all modules in the order in which a forward pass first meets them."
-    seen, was = [], model.training
+    seen = []
     hooks = [m.register_forward_pre_hook(lambda *_, name=name: seen.append(name)) for name, m in model.named_modules()]
     try:
-        with torch.no_grad(): model.eval()(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+        with torch.no_grad(), _in_evaluation(model): model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
     finally:
         for h in hooks: h.remove()
-        model.train(was)
     return list(dict.fromkeys(seen))
 
 # %% ../nbs/02_backbones.ipynb #c1f07cbc
@@ -141,7 +305,8 @@ def _gather(model: nn.Module, units: list[str]) -> list[list[str]]:
 # %% ../nbs/02_backbones.ipynb #d38268ea
 @dataclass(frozen=True)
 class Backbone:
-    "A network with its preprocessing (`mean`, `std` of RGB in 0…1, native `size`, `crop` share) and its `stages`; the last is the head."
+    """A network with its preprocessing (`mean`, `std` of RGB in 0…1, native `size`, `crop` share) and its `stages`; the last is the head.
+    `weights` says which they are, `loaded` what fitted where they came from a file."""
     name: str
     model: nn.Module
     stages: tuple[Stage, ...]
@@ -150,6 +315,7 @@ class Backbone:
     size: int
     crop: float
     weights: str
+    loaded: str = ""
 
     @property
     def head(self) -> nn.Module:
@@ -157,37 +323,49 @@ class Backbone:
         return self.model.get_submodule(self.stages[-1].modules[-1])
 
 # %% ../nbs/02_backbones.ipynb #5489afa7
-def open_backbone(name: str = "lite0", weights: str | Path | None = "pretrained", seed: int = 0) -> Backbone:
-    """A network by name: `lite0`, any torchvision classifier, any timm model.
+@own_torch_state()
+def open_backbone(name: str = "lite0", weights: str | Path | None = "pretrained", seed: int = 0, size: int | None = None) -> Backbone:
+    """A network by name: `lite0`, any torchvision classifier, any timm model, or `hf-hub:owner/name`.
 
-    weights: `"pretrained"` (bundled for lite0, else the library's own download), None (random, drawn from `seed`), or the
-    path of a file.
+    weights: `"pretrained"` (bundled for lite0, else the library's own download), None (random, drawn from `seed`), or what `load_weights` takes.
+    size: pixels on a side of the images to come, for the networks that must be made for them; `fitting_size` says whether it suits.
     Raises `SFTError` for a name that nobody knows, or weights that do not fit or cannot be had.
     """
     import torchvision.models as tv
-    make = _torchvision if name in tv.list_models(module=tv) else _timm
-    with seeded(seed): model, mean, std, size, crop = make(name, weights)
-    if weights not in (None, "pretrained"): load_weights(model, weights)
-    model = model.eval().to(memory_format=torch.channels_last)
-    try: stages = cut_into_stages(model, size)
-    except SFTError as e: raise SFTError(f"backbone {name}: {e}") from None
-    return Backbone(name, model, stages, tuple(mean), tuple(std), size, crop, str(weights))
+    if weights not in (None, "pretrained"):
+        weights = Path(weights)
+    with seeded(seed):
+        name = _name_in_timm(name)
+        if name.startswith(_SOURCES): made = _from_hub(name, weights, size)
+        elif name in tv.list_models(module=tv): made = _torchvision(name, weights)
+        else: made = _timm(name, weights, size)
+    return _staged(made, weights)
+
+def _staged(made: Backbone, weights: str | Path | None) -> Backbone:
+    "The network cut into its stages, with weights from a file where one is given."
+    model = made.model.eval().to(memory_format=torch.channels_last)
+    try: stages = cut_into_stages(model, made.size)
+    except SFTError as e: raise SFTError(f"backbone {made.name}: {e}") from None
+    loaded = load_weights(model, weights, stages[-1].modules[-1]) if isinstance(weights, Path) else ""
+    return replace(made, model=model, stages=stages, mean=tuple(made.mean), std=tuple(made.std), loaded=loaded)
 
 # %% ../nbs/02_backbones.ipynb #cd1ee0e0
 def _download(name: str, make):
     try: return make()
     except Exception as e:
-        raise SFTError(f"backbone {name}: its pretrained weights could not be downloaded ({type(e).__name__}: {str(e).splitlines()[0][:100]}); "
+        raise SFTError(f"backbone {name}: its pretrained weights could not be downloaded ({type(e).__name__}: {_first_line(e)}); "
                        "connect to a network, or use lite0, whose weights come with the install.") from None
 
 def _unknown(name: str) -> SFTError:
     import timm
     from torchvision.models import list_models
+    if "/" in name:
+        return SFTError(f"there is no backbone {name!r} in torchvision or timm; write hf-hub:{name} for that of the Hugging Face Hub.")
     near = difflib.get_close_matches(name, sorted({"lite0", *list_models(), *timm.list_models()}), 3)
     return SFTError(f"there is no backbone {name!r} in torchvision or timm; " + (f"did you mean {', '.join(near)}?" if near else "try lite0 or resnet50."))
 
 # %% ../nbs/02_backbones.ipynb #ddf98ed5
-def _torchvision(name: str, weights):
+def _torchvision(name: str, weights: str | Path | None) -> Backbone:
     from torchvision.models import get_model, get_model_weights
     known, auxiliary = get_model_weights(name).DEFAULT, name in ("googlenet", "inception_v3")
     if weights == "pretrained": model = _download(name, lambda: get_model(name, weights=known))
@@ -197,22 +375,165 @@ def _torchvision(name: str, weights):
         for aux in ("AuxLogits", "aux1", "aux2"): setattr(model, aux, None)
     look = known.transforms()
     size = look.crop_size[0]
-    return model, look.mean, look.std, size, size / look.resize_size[0]
+    return Backbone(name, model, (), look.mean, look.std, size, size / look.resize_size[0], str(weights))
 
 # %% ../nbs/02_backbones.ipynb #25235427
-def _timm(name: str, weights):
+def _timm(name: str, weights: str | Path | None, size: int | None = None) -> Backbone:
     import timm
     timm_name = "tf_efficientnet_lite0" if name == "lite0" else name
     if not timm.is_model(timm_name.split(".")[0]): raise _unknown(name)
     headless = {} if timm.get_pretrained_cfg_value(timm_name, "num_classes") else {"num_classes": 1000}
     pretrained = weights == "pretrained" and name != "lite0"
-    model = _download(name, lambda: timm.create_model(timm_name, pretrained=pretrained, **headless))
+    def make(**more): return _download(name, lambda: timm.create_model(timm_name, pretrained=pretrained, **headless, **more))
+    known = timm.get_pretrained_cfg(timm_name)
+    model, at = _for_size(make, size, known.fixed_input_size and known.input_size[-1] if known else None)
     if name == "lite0" and weights == "pretrained":
         model.load_state_dict(dict(zip(model.state_dict(), _lite0_weights().values(), strict=True)))
     cfg = timm.data.resolve_model_data_config(model)
-    return model, cfg["mean"], cfg["std"], cfg["input_size"][-1], cfg["crop_pct"]
+    return Backbone(name, model, (), cfg["mean"], cfg["std"], at or cfg["input_size"][-1], cfg["crop_pct"], str(weights))
+
+def _for_size(make: Callable[..., nn.Module], size: int | None, fixed: int | None) -> tuple[nn.Module, int | None]:
+    "The model, made for images of `size` where it takes those of one size (`fixed`) only, and that size; None where it is its own."
+    if fixed and size and size != fixed:
+        try:
+            return make(img_size=size), size
+        except Exception:  # it has no such argument, or cannot be made that large or small: then at its own size, or the same error again
+            pass
+    return make(), None
+
+# %% ../nbs/02_backbones.ipynb #bce9fc31
+_SOURCES = ("hf-hub:", "local-dir:")
+
+def _name_in_timm(name: str) -> str:
+    "timm's own models are on the Hub as well: their names there are names here."
+    import timm
+    name = name.replace("hf_hub:", "hf-hub:", 1) if name.startswith("hf_hub:") else name
+    bare = name.removeprefix("hf-hub:").removeprefix("timm/")
+    return bare if bare != name and timm.is_model(bare.split(".")[0]) and name in (f"hf-hub:timm/{bare}", f"timm/{bare}") else name
+
+def _from_hub(name: str, weights: str | Path | None, size: int | None) -> Backbone:
+    "A network that the Hugging Face Hub, or a folder like those there, describes in its config.json."
+    import timm
+    def make(**more): return _download(name, lambda: timm.create_model(name, pretrained=weights == "pretrained", **more))
+    model = make()
+    headless = {} if model.num_classes else {"num_classes": 1000}
+    cfg = model.pretrained_cfg
+    fixed = cfg.get("fixed_input_size") and cfg["input_size"][-1]
+    if headless or (fixed and size not in (None, fixed)):
+        model, at = _for_size(lambda **more: make(**headless, **more), size, fixed)
+    else:
+        at = None
+    cfg = timm.data.resolve_model_data_config(model)
+    at = at or cfg["input_size"][-1]
+    return Backbone(_kind(model, at) or name, model, (), cfg["mean"], cfg["std"], at, cfg["crop_pct"], name if weights == "pretrained" else str(weights))
+
+def _kind(model: nn.Module, size: int) -> str:
+    "timm's name for the architecture, if that name alone makes a network with the same entries; else nothing."
+    import timm
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    name = cfg.get("architecture", "")
+    if not timm.is_model(name):
+        return ""
+    at = {"img_size": size} if cfg.get("fixed_input_size") and size != cfg["input_size"][-1] else {}
+    try:
+        with seeded(0): same = timm.create_model(name, num_classes=model.num_classes, **at)
+    except Exception:  # what was made with other arguments than these is not known by its name
+        return ""
+    return "" if misfits(same.state_dict(), model.state_dict()) else name
+
+# %% ../nbs/02_backbones.ipynb #8e5a9d14
+@own_torch_state()
+def fitting_size(backbone: Backbone, size: int, asked: bool = True) -> tuple[int, str]:
+    """The size of images to give a network, and a sentence where it is not `size`.
+
+    asked: whether a person chose `size`. If not, it gives way to the network's own size where the network does not take it;
+    if so, that raises `SFTError`.
+    """
+    why = _cannot_take(backbone.model, size)
+    if not why:
+        return size, ""
+    said = f"{backbone.name} takes no images of {size} × {size} pixels ({why})"
+    if asked:
+        raise SFTError(f"size = {size}: {said}; give size = {backbone.size}, or another backbone.")
+    return backbone.size, f"{said}, so they are scaled to its own size, {backbone.size} × {backbone.size}."
+
+def _cannot_take(model: nn.Module, size: int) -> str:
+    "What the network says of an image of this size; empty where it takes it."
+    x = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
+    try:
+        with torch.no_grad(), _in_evaluation(model):
+            model(x)
+    except MemoryError:
+        raise
+    except Exception as e:
+        return _first_line(e)
+    return ""
+
+# %% ../nbs/02_backbones.ipynb #2b3d3406
+@own_torch_state()
+def as_backbone(model: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, size: int | None = None,
+                crop: float | None = None, name: str | None = None) -> Backbone:
+    """A copy of a network as a `Backbone`; the network itself is left as it is.
+
+    mean, std: of the RGB values in 0…1 that it was trained with; size: pixels on a side of its images; crop: share of a side that it
+    looks at. None: what a timm model says of itself, else 224 and 0.875; mean and std must be given.
+    Raises `SFTError` where they are missing, or the module is no classifier of images.
+    """
+    own = _own_preprocessing(model) | {k: v for k, v in {"mean": mean, "std": std, "size": size, "crop": crop}.items() if v is not None}
+    name = name or _kind(model, own["size"]) or type(model).__name__
+    _check_preprocessing(name, own)
+    try:
+        made = copy.deepcopy(model).cpu().float()
+    except Exception as e:
+        raise SFTError(f"backbone {name}: the module cannot be copied ({type(e).__name__}); give one that copy.deepcopy takes.") from None
+    _check_logits(name, made, own["size"])
+    return _staged(Backbone(name, made, (), own["mean"], own["std"], own["size"], own["crop"], f"given {_fingerprint(made)}"), None)
+
+def _own_preprocessing(model: nn.Module) -> dict[str, Any]:
+    "What timm keeps with its models; for others the usual size and crop."
+    if not getattr(model, "pretrained_cfg", None):
+        return {"size": 224, "crop": .875}
+    import timm
+    cfg = timm.data.resolve_model_data_config(model)
+    made_for = getattr(getattr(model, "patch_embed", None), "img_size", None) or [cfg["input_size"][-1]]
+    return {"mean": cfg["mean"], "std": cfg["std"], "size": made_for[0], "crop": cfg["crop_pct"]}
+
+# %% ../nbs/02_backbones.ipynb #f475d89b
+def _check_preprocessing(name: str, own: Mapping[str, Any]) -> None:
+    "Raise `SFTError` for preprocessing that is missing or cannot be."
+    if own.get("mean") is None or own.get("std") is None:
+        raise SFTError(f"backbone {name}: with which mean and std was it trained? Give as_backbone(model, mean=(0.485, 0.456, 0.406), "
+                       "std=(0.229, 0.224, 0.225)) for the usual ones of ImageNet.")
+    def three(v, low): return len(v) == 3 and all(math.isfinite(x) and x > low for x in v)
+    allowed = {"mean": ("three numbers", lambda v: three(v, -math.inf)), "std": ("three numbers above 0", lambda v: three(v, 0)),
+               "size": ("a whole number of pixels", lambda v: v == int(v) and v > 0), "crop": ("a number above 0, at most 1", lambda v: 0 < v <= 1)}
+    for key, (what, ok) in allowed.items():
+        try: fine = ok(own[key])
+        except (TypeError, ValueError, OverflowError): fine = False
+        if not fine: raise SFTError(f"backbone {name}: {key} = {own[key]}: not allowed; use {what}.")
+
+def _check_logits(name: str, model: nn.Module, size: int) -> None:
+    "Raise `SFTError` where the module does not make logits (n, classes) of images (n, 3, size, size)."
+    if next(model.parameters(), None) is None:
+        raise SFTError(f"backbone {name}: the module has no parameters; give a network.")
+    try:
+        with torch.no_grad(), _in_evaluation(model): out = model(torch.zeros(2, 3, size, size))
+    except Exception as e:
+        why = _first_line(e)
+        raise SFTError(f"backbone {name}: the module takes no images (2, 3, {size}, {size}) ({why}); give the size it takes, as size=.") from None
+    if not isinstance(out, torch.Tensor) or out.dim() != 2 or len(out) != 2:
+        what = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+        raise SFTError(f"backbone {name}: of 2 images the module makes {what} and not logits (2, classes); wrap it in one that does.")
+
+def _fingerprint(model: nn.Module) -> str:
+    "A short hash of a network's weights."
+    h = hashlib.blake2b(digest_size=6)
+    for name, t in model.state_dict().items():
+        h.update(name.encode() + t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
 
 # %% ../nbs/02_backbones.ipynb #2c4aee6b
+@own_torch_state()
 def new_head(backbone: Backbone, classes: int, seed: int = 0, std: float | None = None) -> Backbone:
     """The same network (changed in place) with a freshly drawn head of `classes` outputs.
 
@@ -254,7 +575,7 @@ def account(backbone: Backbone, size: int, batch: int = 1) -> list[dict]:
 def _graph_pass(backbone: Backbone, size: int, batch: int) -> tuple[list[int], list[int]]:
     "Operations counted when each stage begins and at the end (stages + 1), and bytes saved for backward by each stage."
     model, marks, kept = backbone.model, [], [0] * len(backbone.stages)
-    train, wanted = model.training, [p.requires_grad for p in model.parameters()]
+    wanted = [p.requires_grad for p in model.parameters()]
     seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     def keep(t):
         if (s := t.untyped_storage()).data_ptr() not in seen:
@@ -264,10 +585,10 @@ def _graph_pass(backbone: Backbone, size: int, batch: int) -> tuple[list[int], l
     counter, x = _operation_counter(), torch.zeros(batch, 3, size, size, device=next(model.parameters()).device)
     hooks = [model.get_submodule(s.modules[0]).register_forward_pre_hook(lambda *_: marks.append(counter.get_total_flops())) for s in backbone.stages]
     try:
-        model.eval().requires_grad_(True)
-        with torch.enable_grad(), saved_tensors_hooks(keep, lambda t: t), counter: out = model(x)  # `out` holds what was saved
+        model.requires_grad_(True)
+        with torch.enable_grad(), _in_evaluation(model), saved_tensors_hooks(keep, lambda t: t), counter:
+            out = model(x)  # `out` holds what was saved
     finally:
         for h in hooks: h.remove()
-        model.train(train)
         for p, w in zip(model.parameters(), wanted): p.requires_grad_(w)
     return [*marks, counter.get_total_flops()], kept
