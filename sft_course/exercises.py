@@ -1122,7 +1122,7 @@ def _by_accuracy(right, than): return right.mean() > than.mean()
 def _by_margin(right, than): return right.mean() - than.mean() > .05
 def _two_sided(right, than):
     n, k = int((right != than).sum()), int((right & ~than).sum())
-    return n > 0 and sum(math.comb(n, i) for i in range(max(k, n - k), n + 1)) < 2 ** n / 5
+    return n > 0 and 5 * sum(math.comb(n, i) for i in range(max(k, n - k), n + 1)) < 2 ** n
 
 EXERCISES["09.2"] = Exercise(
     right=lambda f: all(bool(f(*_won(*c))) == says for c, says in _CASES),

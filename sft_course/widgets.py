@@ -436,9 +436,11 @@ class LiveCurve:
 
     def __init__(self, live: bool | None = None):
         self.live, self.drawing, self._place = kernel_runs() if live is None else live, draw_history([]), None
+        self.history: list[dict] = []
 
-    def __call__(self, history: Sequence[dict]) -> None:
-        self.drawing = draw_history(history)
+    def __call__(self, row: dict) -> None:
+        self.history.append(row)
+        self.drawing = draw_history(self.history)
         if self.live: self._show({"text/html": _shown(self.drawing), "text/plain": self.drawing.text})
 
     def _show(self, bundle: dict) -> None:

@@ -15,7 +15,7 @@ SMALL = {"size": 64}
 
 @pytest.fixture
 def tuner(stripes):
-    return FineTuner("lite0", stripes, **SMALL)
+    return FineTuner(stripes, "lite0", **SMALL)
 
 
 def state(tuner):
@@ -45,7 +45,7 @@ def test_batch_statistics_move_only_where_they_are_asked_to(tuner):
 def test_training_is_the_same_with_and_without_kept_activations(stripes):
     "To 16-bit rounding: the same views, once kept and once computed anew because they would not fit."
     def after(gigabytes):
-        tuner = FineTuner("lite0", stripes, settings=load_settings(cache_gigabytes=gigabytes), **SMALL)
+        tuner = FineTuner(stripes, "lite0", settings=load_settings(cache_gigabytes=gigabytes), **SMALL)
         tuner.step(Phase("head"))
         tuner.step(Phase(3, epochs=2, lr=1e-3))
         return tuner.history[-1]["val_loss"]
@@ -123,7 +123,7 @@ def test_no_global_state_is_left_changed(stripes):
 
 
 def test_from_scratch_runs_without_a_head_phase(stripes):
-    tuner = FineTuner("lite0", stripes, weights=None, **SMALL)
+    tuner = FineTuner(stripes, "lite0", weights=None, **SMALL)
     result = tuner.run(replace(scratch_phase(tuner.settings), epochs=1))
     assert result.card["metrics"]["head_accuracy"] is None and result.card["chosen"] == "tuned"
 
@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_ends_the_phase_and_what_was_good_is_kept(tune
 
 
 def test_a_loss_that_is_not_finite_from_the_start_is_an_error_where_nothing_else_is_there(stripes):
-    tuner = FineTuner("lite0", stripes, weights=None, **SMALL)
+    tuner = FineTuner(stripes, "lite0", weights=None, **SMALL)
     with pytest.raises(SFTError, match="use a smaller learning rate"):
         tuner.run(Phase("all", epochs=1, lr=1e30, warmup=0))
 
@@ -164,10 +164,13 @@ class Killed(Exception):
 
 def start(folder, out, stop_at=None, resume=False, **more):
     "A run that dies when the history has `stop_at` rows."
-    def watch(history):
-        if len(history) == stop_at:
+    seen = []
+
+    def watch(row):
+        seen.append(row)
+        if len(seen) == stop_at:
             raise Killed
-    tuner = FineTuner("lite0", folder, out=out, weights=None, watch=watch, **(SMALL | more))
+    tuner = FineTuner(folder, "lite0", out=out, weights=None, watch=watch, **(SMALL | more))
     return tuner.run(*LONG, resume=resume)
 
 
@@ -233,7 +236,7 @@ def test_a_stop_signal_lets_the_step_end_and_the_run_goes_on_from_there(hard, tm
         return usual(*args, **how)
     monkeypatch.setattr(loop, "add_gradients", counted)
     def run(out, **how):
-        FineTuner("lite0", hard, out=out, weights=None, **SMALL).run(Phase(3, epochs=2, batch_size=8, views=2), **how)
+        FineTuner(hard, "lite0", out=out, weights=None, **SMALL).run(Phase(3, epochs=2, batch_size=8, views=2), **how)
     with pytest.raises(loop.Stopped) as stopped:
         run(tmp_path / "a")
     assert stopped.value.signal == signal.SIGTERM and stopped.value.checkpoint == tmp_path / "a" / "last.ckpt"
@@ -249,7 +252,7 @@ def test_two_runs_do_not_share_a_folder(hard, tmp_path):
 
 
 def test_a_head_on_every_stage_is_saved_and_opened(hard, tmp_path):
-    tuner = FineTuner("lite0", hard, out=tmp_path, **SMALL)
+    tuner = FineTuner(hard, "lite0", out=tmp_path, **SMALL)
     result = tuner.run(Phase("head", looks_at="every"))
     again = load_artifact(tmp_path)
     path = sorted((hard / "waves").iterdir())[0]

@@ -19,8 +19,8 @@ def run(folder, size, classes, seed, epochs, bench):  # `epochs` is for the peer
     init = recipe.FineTuner.__init__
     def watched(tuner, *args, **kwargs):
         init(tuner, *args, **kwargs)
-        def watch(history):
-            if history[-1]["train"] == "head":
+        def watch(row):
+            if row["train"] == "head":
                 bench.point(recipe.score(tuner.head.test, tuner.labels[tuner.test]).accuracy, "head")
             else:
                 with bench.evaluation():

@@ -22,7 +22,7 @@ def seconds(work):
 def tuner_of(folder, size, cache, **settings):
     from sft_course.core import load_settings
     from sft_course.recipe import FineTuner
-    return FineTuner("lite0", folder, size=size, seed=0, settings=load_settings(cache=str(cache), **settings))
+    return FineTuner(folder, "lite0", size=size, seed=0, settings=load_settings(cache=str(cache), **settings))
 
 
 def upper_phase():
@@ -126,7 +126,7 @@ def boundary(folder, size, cache, epochs=4):
         ticks, states, split = [], [], recipe.split_at
         tuner = tuner_of(folder, size, cache, **settings).step(recipe.Phase("head"))
         before = copy_state(tuner.backbone.model)
-        def watch(history):
+        def watch(row):
             states.append(copy_state(tuner.backbone.model))
             ticks.append(time.perf_counter())
         tuner.watch, recipe.split_at = watch, split_at
@@ -235,7 +235,7 @@ def _memory_of(folder, size, cache, share):
     watcher = threading.Thread(target=sample)
     watcher.start()
     settings = load_settings(cache=str(cache))
-    tuner = recipe.FineTuner("lite0", catalog.keep(keep), size=size, seed=0, settings=settings)
+    tuner = recipe.FineTuner(catalog.keep(keep), "lite0", size=size, seed=0, settings=settings)
     for phase in recipe.default_phases(settings):
         tuner.step(phase)
     tuner.measure()

@@ -92,13 +92,13 @@ def run(spec):
     torch.set_num_threads(spec.get("threads", 1))
     exec(spec.get("before", ""), {})
 
-    def watch(history):
+    def watch(row):
         if spec.get("hold"):
             time.sleep(spec["hold"])
 
     settings = load_settings(cache=spec["cache"], **spec.get("settings", {}))
     tuner = FineTuner(
-        NETWORK, Path(spec["data"]), Path(spec["out"]), size=SIZE, weights=None, seed=spec.get("seed", 0), settings=settings, watch=watch
+        Path(spec["data"]), NETWORK, Path(spec["out"]), size=SIZE, weights=None, seed=spec.get("seed", 0), settings=settings, watch=watch
     )
     result = tuner.run(*plan(spec.get("plan", "full")), resume=spec.get("resume", False))
     finite = all(bool(v.isfinite().all()) for v in result.backbone.model.state_dict().values())
@@ -111,7 +111,7 @@ def cli(spec):
     from sft_course.cli import main
 
     def fine_tune(data, out=None, *, settings=None, resume=False, **_):
-        return recipe.FineTuner(NETWORK, data, out, size=SIZE, weights=None, seed=0, settings=settings).run(
+        return recipe.FineTuner(data, NETWORK, out, size=SIZE, weights=None, seed=0, settings=settings).run(
             *plan(spec["plan"]), resume=resume
         )
 

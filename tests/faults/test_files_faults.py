@@ -43,7 +43,7 @@ class Evil:
 def artifact(tmp_path_factory):
     here = tmp_path_factory.mktemp("artifact")
     settings = load_settings(cache=str(here / "cache"))
-    FineTuner(NETWORK, pictures(here / "data"), here / "out", size=SIZE, weights=None, settings=settings).run(*plan("short"))
+    FineTuner(pictures(here / "data"), NETWORK, here / "out", size=SIZE, weights=None, settings=settings).run(*plan("short"))
     return here / "out"
 
 
@@ -97,7 +97,7 @@ def test_a_malicious_checkpoint(fault, copy, tmp_path, how):
     with fault("malicious last.ckpt") as f:
         f.said(refused(read_checkpoint, copy / "last.ckpt"))
         settings = load_settings(cache=str(tmp_path / "cache"))
-        tuner = FineTuner(NETWORK, pictures(tmp_path / "data"), copy, size=SIZE, weights=None, settings=settings)
+        tuner = FineTuner(pictures(tmp_path / "data"), NETWORK, copy, size=SIZE, weights=None, settings=settings)
         assert "last.ckpt" in refused(tuner.run, *plan("short"), resume=True)
         assert not (tmp_path / "mark").exists()
 
@@ -139,7 +139,7 @@ def test_a_checkpoint_that_lacks_something(fault, copy, tmp_path, held):
     torch.save({"format": "sft_course checkpoint 1"} | held, copy / "last.ckpt")
     settings = load_settings(cache=str(tmp_path / "cache"))
     with fault("last.ckpt that lacks something") as f:
-        tuner = FineTuner(NETWORK, pictures(tmp_path / "data"), copy, size=SIZE, weights=None, settings=settings)
+        tuner = FineTuner(pictures(tmp_path / "data"), NETWORK, copy, size=SIZE, weights=None, settings=settings)
         f.said(refused(tuner.run, *plan("short"), resume=True))
 
 
@@ -332,6 +332,6 @@ def test_a_report_escapes_names(fault, tmp_path):
     (data / "<script>alert(1)<" / "<script>alert(4)<.png").write_text("no picture")
     settings = load_settings(cache=str(tmp_path / "cache"))
     with fault("HTML in names of classes and files"):
-        FineTuner(NETWORK, data, tmp_path / "out", size=SIZE, weights=None, settings=settings).run(plan("short")[0])
+        FineTuner(data, NETWORK, tmp_path / "out", size=SIZE, weights=None, settings=settings).run(plan("short")[0])
         html = (tmp_path / "out" / "report.html").read_text()
         assert not [w for w in ("<script>alert", "<img src=x", "<b onclick") if w in html] and "&lt;script&gt;" in html
