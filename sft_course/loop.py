@@ -171,12 +171,15 @@ def set_state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, state:
 # %% ../nbs/04_loop.ipynb #6f291ce8
 FORMAT = "sft_course checkpoint 1"
 
-def save_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, average=None, **more) -> Path:
+def save_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, average=None, **more) -> Path:
     """Write weights, optimiser state by parameter name, the averaged weights if there are any, and `more` (numbers, strings, lists,
-    dicts, tensors) to one file: whole or not at all. Raises `SFTError` where it cannot be written."""
+    dicts, tensors) to one file: whole or not at all. optimizer: None between two phases, when there is none.
+
+    Raises `SFTError` where it cannot be written."""
     path = Path(path)
+    state = {} if optimizer is None else state_by_name(model, optimizer)
     what = {"format": FORMAT, "model": model.state_dict(), "kind": type(optimizer).__name__,
-            "optimizer": state_by_name(model, optimizer), "average": None if average is None else average.state_dict(), "more": more}
+            "optimizer": state, "average": None if average is None else average.state_dict(), "more": more}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temp: torch.save(what, temp)
@@ -224,12 +227,20 @@ class Fitted:
     best_epoch: int
 
 def _resume(path: Path | None, model, optimizer, average, plan: dict[str, int]) -> tuple[list[dict], dict | None, dict]:
-    "History, best weights and the part of an epoch that is done, from the checkpoint at `path`, if there is one; a run with another plan is refused."
+    "History, best weights and the part of an epoch that is done, from the checkpoint at `path`, if there is one."
     if path is None or not path.exists(): return [], None, {}
+    _require_run(path, read_checkpoint(path)["more"], plan)  # before anything is loaded
     found = load_checkpoint(path, model, optimizer, average)
-    if differ := [f"{k} = {found['plan'][k]}" for k in plan if found["plan"][k] != plan[k]]:
-        raise SFTError(f"{path}: that run had {', '.join(differ)}; use the same, or another file for a new run.")
     return found["history"], found["best"], found["part"]
+
+def _require_run(path: Path, more: Any, plan: dict[str, int]) -> None:
+    "Raise `SFTError` unless `more`, what a checkpoint holds beside weights, is of a run of `fit` with this plan."
+    kinds = {"history": list, "part": dict, "plan": dict, "best": (dict, type(None))}
+    if not isinstance(more, dict) or not all(k in more and isinstance(more[k], kind) for k, kind in kinds.items()):
+        raise SFTError(f"{path}: this checkpoint holds no run of `fit` to go on with; give another file, or `resume=False` to replace "
+                       "it (`load_checkpoint` loads its weights).")
+    if differ := [f"{k} = {more['plan'].get(k)}" for k in plan if more["plan"].get(k) != plan[k]]:
+        raise SFTError(f"{path}: that run had {', '.join(differ)}; use the same, or another file for a new run.")
 
 # %% ../nbs/04_loop.ipynb #ss0stop1
 class Stopped(KeyboardInterrupt):
@@ -281,24 +292,30 @@ def _judge(model: nn.Module, held, epoch: int) -> dict[str, float]:
 def fit(model: nn.Module, train: tuple, held: tuple | Callable[[nn.Module], Score], optimizer: torch.optim.Optimizer, epochs: int,
         rate: Callable[[int], float] = lambda step: 1., *, batch_size: int = 32, seed: int = 0, patience: int | None = None,
         checkpoint: str | Path | None = None, resume: bool = True, also: dict | None = None, part: nn.Module | None = None,
-        before: Callable[[int], Any] | None = None, watch: Callable[[list], Any] | None = None, average=None, **how) -> Fitted:
+        before: Callable[[int], Any] | None = None, watch: Callable[[dict], Any] | None = None, average=None,
+        title: str = "train", **how) -> Fitted:
     """Train for `epochs`, or until the best epoch is `patience` epochs back; the model then holds the best weights.
 
-    train, held: pairs of `inputs(rows)`, a batch on the device, and labels (n,); held-back pictures choose the epoch; held may
-    be a function of the model instead. part: what of the model `inputs` pass through (all). before(epoch): puts the model into training
-    mode (`model.train`). watch(history): called after each epoch. checkpoint: a file, written after each epoch, with `also` in it, and gone on
-    from if it exists, unless `resume` is false: the same bits come out as without a stop. average: from `average_weights`, evaluated and kept
-    in place of the model. how: as in `train_epoch`. SIGINT and SIGTERM let the step end, save, and raise `Stopped`. Raises `Diverged` where a
-    loss is not finite; the model then holds the best weights, if there are any.
+    train, held: pairs of `inputs(rows)`, a batch on the device, and labels (n,); validation images choose the epoch; held
+    may be a function of the model instead. part: what of the model `inputs` pass through (all). before(epoch): puts the
+    model into training mode (`model.train`). watch(row): called with the history's new row after each epoch; a run that
+    goes on is first given the rows that it finds. checkpoint: a file, written after each epoch, with `also` in it, and gone
+    on from if it exists, unless `resume` is false: the same bits come out as without a stop. average: from
+    `average_weights`, evaluated and kept in place of the model. title: of the progress bar. how: as in `train_epoch`.
+    SIGINT and SIGTERM let the step end, save, and raise `Stopped`. Raises `Diverged` where a loss is not finite; the model
+    then holds the best weights, if there are any.
     """
     if epochs < 1: raise SFTError(f"fit: epochs = {epochs}; use 1 or more.")
     file, judged = checkpoint and Path(checkpoint), model if average is None else average.module
     plan = {"seed": seed, "batch_size": batch_size, "pictures": len(train[1])}
     history, best, done = _resume(file if resume else None, model, optimizer, average, plan)
-    if watch and history: watch(history)
+    for row in history if watch else (): watch(row)
+    steps = len(batches(len(train[1]), batch_size))
+    bar = progress(total=epochs * steps, initial=len(history) * steps + done.get("steps", 0), desc=title)
     def save(): file and save_checkpoint(file, model, optimizer, average, history=history, best=best, part=done, plan=plan, also=also or {})
     try:
-        with stop_signals() as asked, progress(total=epochs * len(batches(len(train[1]), batch_size)), desc="train") as bar:
+        # a host may have switched gradients off; training cannot do without them
+        with stop_signals() as asked, bar, torch.inference_mode(False), torch.enable_grad():
             while (e := len(history)) < epochs and not out_of_patience(history, patience):
                 (before or (lambda epoch: model.train()))(e)
                 order = batches(len(train[1]), batch_size, (seed, e))
@@ -310,7 +327,7 @@ def fit(model: nn.Module, train: tuple, held: tuple | Callable[[nn.Module], Scor
                 if best_epoch(history) == e + 1: best = copy_state(judged)
                 done = {}
                 save()
-                if watch: watch(history)
+                if watch: watch(history[-1])
                 if asked(): raise Stopped(asked(), file)
     finally:
         if best is not None: model.load_state_dict(best)

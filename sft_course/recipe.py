@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['ARTIFACT', 'Phase', 'default_phases', 'Prediction', 'Result', 'FineTuner', 'claimed', 'run_phase', 'Candidate',
-           'Head', 'clearly_better', 'run_phases', 'measure', 'free_name', 'require_free', 'state_dict',
+           'Head', 'clearly_better', 'every_stage', 'run_phases', 'measure', 'free_name', 'require_free', 'state_dict',
            'save_artifact', 'predict_stream', 'predict', 'predict_frame', 'load_artifact', 'read_card', 'fine_tune',
            'scratch_phase', 'demo']
 
 # %% ../nbs/09_recipe.ipynb #07189388
 import csv, hashlib, io, json, math, platform, re, time, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 import numpy as np
 import torch
 import sft_course
@@ -51,15 +51,48 @@ class Phase:
     looks_at: str = "either"
 
     def __post_init__(self):
-        for name, ok in (("epochs", self.epochs is None or self.epochs >= 1), ("lr", self.lr > 0), ("batch_size", self.batch_size >= 2),
-                         ("views", self.views >= 0), ("depth_decay", 0 < self.depth_decay <= 1), ("warmup", 0 <= self.warmup < 1),
-                         ("looks_at", self.looks_at in ("last", "every", "either")), ("schedule", self.schedule in SCHEDULES)):
-            if not ok: raise SFTError(f"Phase: {name} = {getattr(self, name)} is out of range.")
+        for name, ok in _ALLOWED.items():
+            value = getattr(self, name)
+            try:
+                fine = ok(value)
+            except TypeError:
+                fine = False
+            if not fine:
+                raise SFTError(f"Phase: {name} = {value} is out of range.")
+
+def _count(value, low: int) -> bool:
+    "Whether `value` is a whole number, `low` or more."
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+_ALLOWED = {
+    "epochs": lambda v: v is None or _count(v, 1),
+    "lr": lambda v: 0 < v < math.inf,
+    "depth_decay": lambda v: 0 < v <= 1,
+    "schedule": lambda v: v in SCHEDULES,
+    "warmup": lambda v: 0 <= v < 1,
+    "batch_size": lambda v: _count(v, 2),
+    "weight_decay": lambda v: 0 <= v < math.inf,
+    "views": lambda v: _count(v, 0),
+    "label_smoothing": lambda v: 0 <= v < 1,
+    "looks_at": lambda v: v in ("last", "every", "either"),
+}
 
 # %% ../nbs/09_recipe.ipynb #381027ff
-def default_phases(settings: Settings) -> tuple[Phase, ...]:
-    "The best head on frozen features, then the upper six stages from there in small batches; more passes in the full profile."
-    return Phase("head"), Phase(6, epochs=settings.pick(quick=6, full=12), batch_size=8)
+def default_phases(settings: Settings, *, train: int | str | None = None, epochs: int | None = None,
+                   lr: float | None = None, batch_size: int | None = None) -> tuple[Phase, ...]:
+    """The best head on frozen features, then the upper six stages from there in small batches; more epochs in the full profile.
+
+    What is given changes the second phase; with `train="head"` there is none. Raises `SFTError` for a value that cannot be.
+    """
+    given = {k: v for k, v in {"epochs": epochs, "lr": lr, "batch_size": batch_size}.items() if v is not None}
+    if train == "head":
+        if given:
+            raise SFTError(f"train = 'head': only the head is fitted, so {' and '.join(given)} would change nothing; leave it out.")
+        return (Phase("head"),)
+    if isinstance(train, str) and train.isdecimal():  # as a command line has it
+        train = int(train)
+    usual = {"epochs": settings.pick(quick=6, full=12), "batch_size": 8}
+    return Phase("head"), Phase(6 if train is None else train, **usual | given)
 
 # %% ../nbs/09_recipe.ipynb #4d1e0a57
 import copy, itertools, os
@@ -125,28 +158,186 @@ class Result:
         m = self.card["metrics"]
         return f"Result({m['accuracy']:.3f} accuracy on {m['n_val']} pictures, {len(self.classes)} classes, {self.backbone.name})"
 
+# %% ../nbs/09_recipe.ipynb #12c649ff
+import copy
+from importlib import import_module
+from torch import nn
+from .core import expanded, own_torch_state
+from .data import PixelCache, leaks_between_parts, open_data, printable, require_memory
+from .backbones import Stage, account, as_backbone, fitting_size, load_weights
+from .loop import save_checkpoint
+from .freezing import weights_key
+
+# %% ../nbs/09_recipe.ipynb #402af6cc
+def _network_for(backbone: str | Backbone | nn.Module, weights: str | Path | None, settings: Settings) -> Backbone:
+    "The network of a run: opened by its name, or a copy of one that is given, which stays as it is."
+    if isinstance(backbone, str):
+        try:
+            return open_backbone(backbone, weights, settings.seed, settings.fit_image_size)
+        except SFTError as e:
+            raise (settings.wrong("backbone", str(e).rstrip(".")) if backbone == settings.backbone else e) from None
+    if not isinstance(backbone, (Backbone, nn.Module)):
+        raise SFTError(f"backbone: this is a {type(backbone).__name__}; give a name, a Backbone, or an nn.Module.")
+    own = copy.deepcopy(backbone) if isinstance(backbone, Backbone) else as_backbone(backbone)
+    if weights in (None, "pretrained"):  # it comes with its weights
+        return own
+    return replace(own, weights=str(weights), loaded=load_weights(own.model, weights, own.stages[-1].modules[-1]))
+
+# %% ../nbs/09_recipe.ipynb #013f87d1
+def _require_parts(left: Catalog, before: Catalog) -> None:
+    "Raise `SFTError` unless images are left in each part; `before` is the catalog before files were left out."
+    names = {"train": "training", "val": "validation", "test": "test"}
+    for part, name in names.items():
+        if len(left.rows(part)):
+            continue
+        lost = [before.files[i] for i in before.rows(part)]
+        why = f"none of the {len(lost)} {name} images can be read, the first is {printable(lost[0])}" if lost else f"there are no {name} images"
+        raise SFTError(f"{printable(left.root)}: {why}; give some that can be read, or none of that part for a share of the others to take its place.")
+
+# %% ../nbs/09_recipe.ipynb #c5a7271a
+class _ToCsv:
+    "Keeps `history.csv` in the folder of the run up to date."
+    def __init__(self, out: Path):
+        self.path = out / "history.csv"
+        self.rows = []
+
+    def __call__(self, row: dict) -> None:
+        self.rows.append(row)
+        try:
+            with whole_file(self.path) as temp:
+                temp.write_text(_table(self.rows), encoding="utf-8")
+        except OSError as e:
+            raise SFTError(f"{self.path}: cannot be written ({e.strerror}); make room, or leave watch out.") from None
+
+# %% ../nbs/09_recipe.ipynb #5824d2f9
+def _needed(module: str, package: str, watch: str):
+    "The module, or one sentence where its package is not installed."
+    try:
+        return import_module(module)
+    except ImportError:
+        raise SFTError(f"watch = {watch!r}: the package {package} is not installed; pip install {package}, or leave watch out.") from None
+
+def _scalars(row: dict) -> dict[str, float]:
+    "What of a row can be drawn."
+    return {k: v for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+class _ToTensorboard:
+    "Event files for TensorBoard in the folder `tensorboard` of the run."
+    def __init__(self, out: Path):
+        self.make = _needed("torch.utils.tensorboard", "tensorboard", "tensorboard").SummaryWriter
+        self.folder = out / "tensorboard"
+        self.writer = None
+        self.epoch = 0
+
+    def begin(self) -> None:
+        self.writer = self.writer or self.make(str(self.folder))
+
+    def __call__(self, row: dict) -> None:
+        self.begin()
+        self.epoch += 1
+        for name, value in _scalars(row).items():
+            self.writer.add_scalar(name, value, self.epoch)
+        self.writer.flush()
+
+    def end(self) -> None:
+        if self.writer:
+            self.writer.close()
+        self.writer = None
+
+# %% ../nbs/09_recipe.ipynb #00922416
+class _ToWandb:
+    "A run of the project `sft_course` at Weights & Biases, named after the folder of the run."
+    def __init__(self, out: Path):
+        self.wandb = _needed("wandb", "wandb", "wandb")
+        self.name = out.name
+        self.run = None
+
+    def begin(self) -> None:
+        if self.run:
+            return
+        try:
+            self.run = self.wandb.init(project="sft_course", name=self.name)
+        except Exception as e:  # no login, no network: its own errors are many
+            reason = " ".join(str(e).split())[:100] or type(e).__name__
+            raise SFTError(f"watch = 'wandb': no run could be begun there ({reason}); see to wandb login, or leave watch out.") from None
+
+    def __call__(self, row: dict) -> None:
+        self.begin()
+        self.run.log(_scalars(row))
+
+    def end(self) -> None:
+        if self.run:
+            self.run.finish()
+        self.run = None
+
+# %% ../nbs/09_recipe.ipynb #8e1b7125
+_WATCHERS = {"csv": _ToCsv, "tensorboard": _ToTensorboard, "wandb": _ToWandb}
+
+def _watcher(watch: Callable[[dict], Any] | str | None, out: Path | None) -> Callable[[dict], Any] | None:
+    "What is called with the row of each epoch: a function as it is, or what a name stands for."
+    if watch is None or callable(watch):
+        return watch
+    if not isinstance(watch, str) or watch not in _WATCHERS:
+        raise SFTError(f"watch = {watch!r}: use a function of an epoch's row, or one of {', '.join(_WATCHERS)}.")
+    if out is None:
+        raise SFTError(f"watch = {watch!r}: there is no folder for it; give `out`.")
+    return _WATCHERS[watch](out)
+
 # %% ../nbs/09_recipe.ipynb #5da581e2
 class FineTuner:
-    """Runs phases on a backbone and a folder (or `Catalog`); keeps the best weights, seen on held-back pictures. With `out`, a
-    folder that one run at a time may use, it writes `last.ckpt` there after every epoch. `watch(history)` is called then, if set."""
+    """Runs phases on labelled images and a network; keeps the best weights, seen on the validation images.
 
-    def __init__(self, backbone: str = "lite0", data: str | Path | Catalog = ".", out: str | Path | None = None, *, size: int | None = None,
-                 weights: str | None = "pretrained", seed: int | None = None, settings: Settings | None = None, watch: Callable | None = None):
-        self.settings = settings or load_settings()
-        self.seed = self.settings.seed if seed is None else seed
-        self.size, self.out, self.started = size or self.settings.fit_image_size, out and Path(out), time.perf_counter()
-        catalog = data if isinstance(data, Catalog) else scan(data, self.seed)
-        self.device, self.cache, self.watch = pick_device(self.settings), self.settings.cache_dir, watch
-        try: self.backbone = open_backbone(backbone, weights, self.seed)
-        except SFTError as e:
-            raise (self.settings.wrong("backbone", str(e).rstrip(".")) if backbone == self.settings.backbone else e) from None
-        self.pixels = decode_once(catalog, decoded_size(self.size, self.backbone.crop), self.cache)
-        self.catalog = self.pixels.catalog
+    data: a folder, a CSV, or what else `open_data` takes; val, test: folders of those parts. backbone: a name, a `Backbone`,
+    or a module that `as_backbone` takes; weights: `"pretrained"`, None for random ones, or a file. out: a folder that one run
+    at a time may use; `last.ckpt` there is written after every epoch, and removed when a run has ended well unless
+    `keep_checkpoint`. watch: a function of the row of each epoch, a dict, or `"csv"`, `"tensorboard"` or `"wandb"`. say: a
+    function that is given sentences on how far the run is, such as `print`. What is not given is read from the settings.
+    Raises `SFTError` with one sentence where there is nothing to learn from, or a value is not allowed.
+    """
+
+    @own_torch_state()
+    def __init__(self, data, backbone: str | Backbone | nn.Module = "lite0", out: str | Path | None = None, *,
+                 size: int | None = None, seed: int | None = None, settings: Settings | None = None,
+                 weights: str | Path | None = "pretrained", val: str | Path | None = None, test: str | Path | None = None,
+                 watch: Callable[[dict], Any] | str | None = None, say: Callable[[str], Any] | None = None,
+                 keep_checkpoint: bool = False):
+        self.settings = (settings or load_settings()).change(size=size, seed=seed)
+        self.seed = self.settings.seed
+        self.out = _folder(out)
+        self.keep_checkpoint = keep_checkpoint
+        self.watch = _watcher(watch, self.out)
+        self.say = say
+        self.started = time.perf_counter()
+        self.device = pick_device(self.settings)
+        self.cache = self.settings.cache_dir
+        self.history, self.done, self.notes = [], [], []
+        self.title = ""  # of the phase that runs, for the progress bars
+        self.head = self.start = self.tuned = None  # the head as a candidate; the weights that tuning starts from; the best tuned ones
+        self.chosen = None  # the network of the last result
+        catalog = open_data(data, self.seed, self.cache, val=val, test=test)
+        self.backbone = _network_for(backbone, weights, self.settings)
+        self.tell(self.backbone.loaded)
+        self._take(catalog)
         new_head(self.backbone, len(self.catalog.classes), self.seed).model.to(self.device)
+
+    def _take(self, catalog: Catalog) -> None:
+        "Decode the images, at a size that the network takes, and divide them."
+        asked = "settings.ini" not in self.settings.origin.get("fit_image_size", "")
+        self.size, why = fitting_size(self.backbone, self.settings.fit_image_size, asked)
+        if why:
+            self.note(why)
+        _require_parts(catalog, catalog)
+        side = decoded_size(self.size, self.backbone.crop)
+        require_memory(len(catalog), side, self.settings)
+        self.pixels = decode_once(catalog, side, self.cache)
+        left = self.pixels.catalog
+        _require_parts(left, catalog)
+        copies = tuple(leaks_between_parts(left))
+        if copies:
+            self.tell(f"{len(copies)} images lie in two parts, so the accuracy is too high; the first: {copies[0].message}")
+        self.catalog = replace(left, problems=left.problems + copies)
         self.labels = torch.from_numpy(self.catalog.labels).to(self.device)
         self.train, self.val, self.test = (self.catalog.rows(p) for p in ("train", "val", "test"))
-        self.history, self.done, self.notes = [], [], []
-        self.head = self.start = self.tuned = None  # the head as a candidate; the weights that tuning starts from; the best tuned ones
 
     def view(self, number: int) -> np.ndarray:
         "View 0 is plain, 1 its mirror image; from 2 on they are random."
@@ -157,6 +348,19 @@ class FineTuner:
         "A sentence that the person who started this should read: a warning now, and kept in the card."
         self.notes.append(text)
         warnings.warn(text, stacklevel=3)
+
+    def tell(self, text: str) -> None:
+        "A sentence for whoever listens."
+        if text and self.say:
+            self.say(text)
+
+def _folder(out: str | Path | None) -> Path | None:
+    "The folder to write to, with ~ written out."
+    if out is None:
+        return None
+    if not str(out):
+        raise SFTError("out = '': give the name of a folder.")
+    return expanded(out)
 
 # %% ../nbs/09_recipe.ipynb #81000aba
 @contextmanager
@@ -172,9 +376,11 @@ def claimed(out: Path | None) -> Iterator[None]:
     with lock: yield
 
 # %% ../nbs/09_recipe.ipynb #50516aeb
+@own_torch_state()
 def run_phase(tuner: FineTuner, phase: Phase) -> FineTuner:
     """Run one phase from the weights at hand; the model then holds the best of its epochs. Raises `Diverged` where the loss is not
     finite and there is nothing to fall back on."""
+    tuner.title = f"phase {len(tuner.done) + 1}, {_name(phase)}"
     with claimed(tuner.out): _run_phase(tuner, phase, False, {})
     return tuner
 
@@ -182,19 +388,39 @@ def _run_phase(tuner: FineTuner, phase: Phase, resume: bool, plan: dict) -> None
     "resume: go on in the middle of it, from `last.ckpt`."
     run = _so_far(tuner, plan)
     tuner.done.append(phase)
-    if phase.train == "head": _fit_head(tuner, phase)
-    else: _train(tuner, phase, resume, run)
+    tuner.chosen = None
+    if phase.train != "head":
+        return _train(tuner, phase, resume, run)
+    row = _fit_head(tuner, phase)
+    _log(tuner, phase, row)
+    if tuner.out:  # before anything is chosen: whatever happens then, the head is not lost
+        save_checkpoint(tuner.out / "last.ckpt", tuner.backbone.model, None, also=_so_far(tuner, plan))
+    _show(tuner)
 
 def _so_far(tuner: FineTuner, plan: dict) -> dict:
     "All that a phase starts from, but for what can be computed again, as `save_checkpoint` can write it."
     return {"plan": plan, "done": len(tuner.done), "history": list(tuner.history), "notes": list(tuner.notes), "start": tuner.start,
             "head": tuner.head and vars(tuner.head), "tuned": tuner.tuned and vars(tuner.tuned)}
 
+# %% ../nbs/09_recipe.ipynb #32ca7b9a
+def _name(phase: Phase) -> str:
+    "What trains in a phase, in words."
+    return {"head": "head", "all": "all stages"}.get(phase.train, f"upper {phase.train} stages")
+
+def _log(tuner: FineTuner, phase: Phase, row: dict, lr: float | None = None) -> None:
+    "An epoch's row goes to the end of the history."
+    tuner.history.append({"phase": len(tuner.done), "train": phase.train, "epoch": row["epoch"], "lr": lr} | row)
+
+def _show(tuner: FineTuner) -> None:
+    "The last row of the history, to whoever watches."
+    if tuner.watch:
+        tuner.watch(dict(tuner.history[-1]))
+
 # %% ../nbs/09_recipe.ipynb #177596a0
 FineTuner.step = run_phase
 
 # %% ../nbs/09_recipe.ipynb #99d875d1
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth: a candidate equals itself alone
 class Candidate:
     "Weights that may be chosen: their logits (n, classes) and the labels (n,) of the held-back pictures, and the state of the network."
     logits: torch.Tensor
@@ -208,7 +434,7 @@ class Candidate:
     def right(self) -> np.ndarray: return (self.logits.argmax(1) == self.labels).cpu().numpy()
 
 # %% ../nbs/09_recipe.ipynb #04c03f18
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Head(Candidate):
     """A linear head as a candidate: `state` is the network with the head on the last stage, from which tuning starts; `weight`
     and `bias` are those of the head that was chosen, fitted on all training pictures; `test` its logits on the test pictures."""
@@ -218,11 +444,10 @@ class Head(Candidate):
     test: torch.Tensor | None = None
 
 # %% ../nbs/09_recipe.ipynb #8f602b7e
-def _fit_head(tuner: FineTuner, phase: Phase) -> None:
-    "Choose a head by cross-validation on the training pictures, fit it without and with the held-back ones, and put it on the network."
+def _fit_head(tuner: FineTuner, phase: Phase) -> dict:
+    "Choose a head by cross-validation on the training images, fit it without and with the validation images, put it on the network; its row."
     lower, y, k = fold_for(stage_features(tuner.backbone), tuner.size), tuner.labels, len(tuner.catalog.classes)
-    everything = np.arange(len(tuner.catalog))
-    kept = [activations(lower, tuner.backbone, tuner.pixels, tuner.view(v), tuner.size, tuner.cache, everything, tuner.device) for v in (0, 1)]
+    kept = [_features(tuner, lower, v) for v in (0, 1)]
     choice = choose_head([Rows([f], tuner.train) for f in kept], lower.last, y[tuner.train], k, seed=tuner.seed)
     every = {"last": False, "every": True}.get(phase.looks_at, choice.every_stage)
     def fit(rows, every):
@@ -236,7 +461,13 @@ def _fit_head(tuner: FineTuner, phase: Phase) -> None:
     tuner.start = copy_state(tuner.backbone.model)
     tuner.head = Head(logits(head, tuner.val), y[tuner.val], tuner.start, every, W, b, logits((W, b), tuner.test))
     now, before = tuner.head.score, score(logits(head, tuner.train), y[tuner.train])
-    _log(tuner, phase, len(tuner.history), [{"epoch": 1, "train_loss": before.loss, "val_loss": now.loss, "val_accuracy": now.accuracy}], lambda e: None)
+    return {"epoch": 1, "train_loss": before.loss, "val_loss": now.loss, "val_accuracy": now.accuracy}
+
+def _features(tuner: FineTuner, lower: nn.Module, view: int) -> np.ndarray:
+    "What the head sees of all images in one view, kept as long as there is room for it."
+    everything = np.arange(len(tuner.catalog))
+    return activations(lower, tuner.backbone, tuner.pixels, tuner.view(view), tuner.size, tuner.cache, everything, tuner.device,
+                       f"{tuner.title}: view {view + 1} of 2", budget_bytes=int(tuner.settings.cache_gigabytes * 1e9))
 
 # %% ../nbs/09_recipe.ipynb #3bab7f0c
 def _decay(choice: HeadChoice, every: bool) -> float:
@@ -248,11 +479,6 @@ def _set_head(backbone: Backbone, head: tuple[torch.Tensor, torch.Tensor]) -> No
         backbone.head.weight.copy_(head[0].view_as(backbone.head.weight))
         backbone.head.bias.copy_(head[1])
 
-def _log(tuner: FineTuner, phase: Phase, at: int, rows: list[dict], lr: Callable[[int], float | None]) -> None:
-    "The rows of a phase's epochs, from number `at` of the history on."
-    tuner.history[at:] = [{"phase": len(tuner.done), "train": phase.train, "epoch": r["epoch"], "lr": lr(r["epoch"])} | r for r in rows]
-    if tuner.watch: tuner.watch(tuner.history)
-
 # %% ../nbs/09_recipe.ipynb #2da2227e
 def _source(tuner: FineTuner, phase: Phase, lower, rows: np.ndarray, fixed: tuple[int, ...] = ()):
     """`inputs(epoch)(positions)` makes the batch that the trainable part sees.
@@ -261,7 +487,8 @@ def _source(tuner: FineTuner, phase: Phase, lower, rows: np.ndarray, fixed: tupl
     """
     numbers = fixed or range(phase.views)
     if phase.views and not isinstance(lower, torch.nn.Identity) and _fits(tuner, lower, len(rows) * len(numbers)):
-        kept = [activations(lower, tuner.backbone, tuner.pixels, tuner.view(v), tuner.size, tuner.cache, rows, tuner.device, f"view {v}") for v in numbers]
+        kept = [activations(lower, tuner.backbone, tuner.pixels, tuner.view(v), tuner.size, tuner.cache, rows, tuner.device,
+                            f"{tuner.title}: view {v + 1}") for v in numbers]
         def gather(which, at): return torch.from_numpy(np.stack([kept[v][i] for v, i in zip(which[at], at)])).to(tuner.device).float()
         return lambda e: (lambda at, which=_drawn(tuner, phase, e, len(rows), fixed): gather(which, at))
     def fresh(e):
@@ -299,7 +526,7 @@ def _fits(tuner: FineTuner, lower, pictures: int) -> bool:
 
 # %% ../nbs/09_recipe.ipynb #1cd83966
 def _train(tuner: FineTuner, phase: Phase, resume: bool, run: dict) -> None:
-    "Train the upper stages with AdamW, by `fit` of chapter 04; the epoch that the held-back pictures like best is kept."
+    "Train the upper stages with AdamW, by `fit` of chapter 04; the epoch that does best on the validation images is kept."
     b, stage, was = tuner.backbone, first_trainable(tuner.backbone, phase.train), copy_state(tuner.backbone.model)
     freeze_below(b, stage)
     lower, upper = split_at(b, stage)
@@ -313,11 +540,13 @@ def _train(tuner: FineTuner, phase: Phase, resume: bool, run: dict) -> None:
     optimizer = torch.optim.AdamW(param_groups(b, stage, phase.lr, phase.depth_decay, phase.weight_decay), fused=True)
     steps, epochs = len(batches(len(labels), phase.batch_size)), phase.epochs or 6
     rate = schedule(phase.schedule, epochs * steps, phase.warmup)
-    def watch(history): _log(tuner, phase, rows, history, lambda e: phase.lr * rate(e * steps - 1))
+    def watch(row):
+        _log(tuner, phase, row, phase.lr * rate(row["epoch"] * steps - 1))
+        _show(tuner)
     try:
         fit(b.model, (lambda at: inputs["now"](at), labels), lambda _: score(logits(), y), optimizer, epochs, rate, part=upper, before=before,
             watch=watch, batch_size=phase.batch_size, seed=tuner.seed, label_smoothing=phase.label_smoothing, micro=_micro(tuner, phase),
-            checkpoint=tuner.out and tuner.out / "last.ckpt", resume=resume, also=run)
+            checkpoint=tuner.out and tuner.out / "last.ckpt", resume=resume, also=run, title=tuner.title)
     except Diverged as e:
         if len(tuner.history) == rows: b.model.load_state_dict(was)
         if len(tuner.history) == rows and not tuner.head: raise
@@ -331,63 +560,177 @@ def _micro(tuner: FineTuner, phase: Phase) -> int | None:
 
 # %% ../nbs/09_recipe.ipynb #2cc916bd
 def clearly_better(right: np.ndarray, than: np.ndarray) -> bool:
-    """Whether `right` beats `than`, two bool masks (n,) over the same pictures, by what luck would do less than once in five times:
-    the one-sided sign test over the pictures on which they differ. For many pictures that is 0.84 standard errors of the difference."""
-    won, lost = int((right & ~than).sum()), int((than & ~right).sum())
-    return sum(math.comb(won + lost, k) for k in range(won, won + lost + 1)) < 2 ** (won + lost) / 5
+    """Whether `right` beats `than`, two bool masks (n,) over the same images, by what luck would do less than once in five times:
+    the one-sided sign test over the images on which they differ. For many images that is 0.84 standard errors of the difference."""
+    from scipy.stats import binomtest
+    won = int((right & ~than).sum())
+    lost = int((than & ~right).sum())
+    return won > lost and bool(binomtest(won, won + lost, alternative="greater").pvalue < .2)
 
 # %% ../nbs/09_recipe.ipynb #3a96be31
 def _choose(tuner: FineTuner) -> Candidate:
-    "The candidate that the held-back pictures prefer; its weights are then in the network."
+    "The candidate that the validation images prefer."
     tuned, head = tuner.tuned, tuner.head
-    if head and not (tuned and clearly_better(tuned.right, head.right)):
-        _use_head(tuner, head)
-        return head
-    tuner.backbone.model.load_state_dict(tuned.state)
-    return tuned
+    return head if head and not (tuned and clearly_better(tuned.right, head.right)) else tuned
 
-def _use_head(tuner: FineTuner, head: Head) -> None:
-    tuner.backbone.model.load_state_dict(tuner.start)
-    if not head.every_stage: return _set_head(tuner.backbone, (head.weight, head.bias))
-    wide = EveryStage(tuner.backbone, len(head.bias)).to(tuner.device)
-    with torch.no_grad(): wide.linear.weight.copy_(head.weight); wide.linear.bias.copy_(head.bias)
-    tuner.backbone = replace(tuner.backbone, model=wide)
+def _network_of(tuner: FineTuner, chosen: Candidate) -> Backbone:
+    "A copy of the network with the chosen weights: whatever the tuner does next, a result stays what it is."
+    tuner.backbone.model.load_state_dict(chosen.state)
+    tuner.backbone.model.zero_grad(set_to_none=True)
+    own = copy.deepcopy(tuner.backbone)
+    own.model.requires_grad_(True)
+    if isinstance(chosen, Head):
+        own = every_stage(own, len(chosen.bias)) if chosen.every_stage else own
+        _set_head(own, (chosen.weight, chosen.bias))
+    own.model.eval()
+    return own
+
+# %% ../nbs/09_recipe.ipynb #f9f9bc1f
+def every_stage(backbone: Backbone, classes: int) -> Backbone:
+    "`backbone` inside an `EveryStage`, whose weights it shares: `stages` and `head` hold for it as for any other."
+    wide = EveryStage(backbone, classes).to(next(backbone.model.parameters()).device)
+    modules = {id(m): name for name, m in wide.named_modules()}
+    parameters = {id(p): name for name, p in wide.named_parameters()}
+    old = dict(backbone.model.named_parameters())
+    def renamed(stage):
+        inside = [modules.get(id(backbone.model.get_submodule(m))) for m in stage.modules]
+        return Stage(stage.name, tuple(m for m in inside if m), tuple(parameters[id(old[p])] for p in stage.parameters if id(old[p]) in parameters))
+    body = [renamed(s) for s in backbone.stages[:-1]]
+    head = Stage("linear", ("linear",), ("linear.weight", "linear.bias"))
+    return replace(backbone, model=wide, stages=(*body, head))
 
 # %% ../nbs/09_recipe.ipynb #c19c664d
+@own_torch_state()
 def run_phases(tuner: FineTuner, *phases: Phase, resume: bool = False) -> Result:
-    """Run the phases in order, choose on the held-back pictures, measure on the test pictures, and save where `out` was given.
-    resume: go on where the run that wrote `last.ckpt` in `out` was stopped; what comes out is the same to the last bit."""
-    if not phases: raise SFTError("run: there is no phase; give at least Phase('head').")
+    """Run the phases in order, choose on the validation images, measure on the test images, and save where `out` was given.
+
+    resume: go on where the run that wrote `last.ckpt` in `out` was stopped; what comes out is the same to the last bit. Where that
+    run has ended, its artifact comes back. Raises `SFTError` where the phases do not fit the network, or another run used `out`.
+    """
+    _require_phases(tuner, phases)
     with claimed(tuner.out):
-        plan = _plan(tuner, phases)
-        done = _restore(tuner, plan) if resume else 0
-        for i, phase in enumerate(phases[done:], done):
-            if not _can_gain(tuner): break
-            _run_phase(tuner, phase, resume and i == done, plan)
-        return _finish(tuner)
+        if resume and (result := _ended(tuner, phases)):
+            return result
+        with _watched(tuner):
+            _run_all(tuner, phases, resume)
+            return _finish(tuner)
+
+def _run_all(tuner: FineTuner, phases: tuple[Phase, ...], resume: bool) -> None:
+    "The phases in order, or those that are left; none that could not be clearly better than the head."
+    plan = _plan(tuner, phases)
+    done, inside = _restore(tuner, plan) if resume else (0, False)
+    seconds = _announce(tuner, phases, done)
+    for i, phase in enumerate(phases[done:], done):
+        if not _can_gain(tuner):
+            break
+        tuner.title = f"phase {i + 1} of {len(phases)}, {_name(phase)}"
+        tuner.tell(tuner.title + (f"; about {_duration(sum(seconds[i:]))} to go" if seconds else ""))
+        _run_phase(tuner, phase, inside and i == done, plan)
+
+def _require_phases(tuner: FineTuner, phases: tuple) -> None:
+    "Raise `SFTError` unless there are phases, and all can be run on this network: an hour later would be too late."
+    if not phases:
+        raise SFTError("run: there is no phase; give at least Phase('head').")
+    for p in phases:
+        if not isinstance(p, Phase):
+            raise SFTError(f"run: {type(p).__name__} is no Phase; give them one by one, as run(Phase('head'), Phase(6)).")
+        first_trainable(tuner.backbone, p.train)
+
+@contextmanager
+def _watched(tuner: FineTuner) -> Iterator[None]:
+    "What writes the history elsewhere is opened before anything is trained, and closed at the end."
+    begin, end = (getattr(tuner.watch, name, None) for name in ("begin", "end"))
+    if begin:
+        begin()
+    try:
+        yield
+    finally:
+        if end:
+            end()
 
 # %% ../nbs/09_recipe.ipynb #sp0plan0
 def _plan(tuner: FineTuner, phases: tuple[Phase, ...]) -> dict:
     "What must be the same for a run to go on."
     labels = hashlib.sha256(tuner.catalog.labels.tobytes() + b"".join(r.tobytes() for r in (tuner.train, tuner.val, tuner.test))).hexdigest()
     return {"phases": [asdict(p) for p in phases], "backbone": tuner.backbone.name, "weights": tuner.backbone.weights, "size": tuner.size,
-            "seed": tuner.seed, "pictures": tuner.pixels.key, "labels": labels}
+            "seed": tuner.seed, "pictures": tuner.pixels.key, "labels": labels,
+            "initial weights": weights_key(tuner.backbone.model)}
 
 # %% ../nbs/09_recipe.ipynb #38e9ffa0
 def _finish(tuner: FineTuner) -> Result:
+    "The result of the weights that the validation images prefer; saved where there is a folder for it."
     chosen = _choose(tuner)
+    tuner.chosen = _network_of(tuner, chosen)
     logits = chosen.test if isinstance(chosen, Head) else _test_logits(tuner)
-    tuner.backbone.model.eval()
+    test = score(logits, tuner.labels[tuner.test])
     def seen(rows, logits):
         return Evaluation(tuple(tuner.catalog.classes), [tuner.catalog.files[i] for i in rows], tuner.catalog.labels[rows], logits.float().cpu().numpy())
-    result = Result(tuner.backbone, _card(tuner, chosen, score(logits, tuner.labels[tuner.test])), tuner.history, seen(tuner.test, logits),
+    result = Result(tuner.chosen, _card(tuner, chosen, test), list(tuner.history), seen(tuner.test, logits),
                     seen(tuner.val, chosen.logits), tuner.pixels.pixels[tuner.test])
-    if tuner.out: save_artifact(result, tuner.out)
+    tuner.tell(f"{_reason(tuner, chosen)}; accuracy {test.accuracy:.3f} on {test.n} test images")
+    if tuner.out:
+        save_artifact(result, tuner.out)
+        if not tuner.keep_checkpoint:
+            with suppress(OSError):
+                (tuner.out / "last.ckpt").unlink(missing_ok=True)
     return result
 
 def _can_gain(tuner: FineTuner) -> bool:
-    "Whether any weights could be clearly better than the head on the held-back pictures. A head without errors cannot be beaten."
+    "Whether any weights could be clearly better than the head on the validation images. A head without errors cannot be beaten."
     return tuner.head is None or clearly_better(np.ones_like(tuner.head.right), tuner.head.right)
+
+def _reason(tuner: FineTuner, chosen: Candidate) -> str:
+    "What was chosen, and why."
+    n, right = len(tuner.val), int(chosen.right.sum())
+    if tuner.head is None:
+        return f"the tuned weights are returned ({right} of {n} validation images right)"
+    if tuner.tuned is None:
+        more = "" if _can_gain(tuner) else ", so that no tuned weights could be clearly better"
+        return f"the head is returned ({right} of {n} validation images right{more})"
+    counts = f"of {n} validation images the tuned weights got {int(tuner.tuned.right.sum())} right, the head {int(tuner.head.right.sum())}"
+    if chosen is tuner.head:
+        return f"the head is returned: {counts}, which is not clearly more"
+    return f"the tuned weights are returned: {counts}"
+
+# %% ../nbs/09_recipe.ipynb #bdf42aa2
+def _announce(tuner: FineTuner, phases: tuple[Phase, ...], done: int) -> list[float]:
+    "Say what will be run; the seconds that each phase may take. Nothing is timed where nobody listens."
+    if not tuner.say:
+        return []
+    seconds = _seconds(tuner, phases)
+    parts = f"{len(tuner.train)} to train on, {len(tuner.val)} for validation, {len(tuner.test)} for the test"
+    names = ", ".join(_name(p) + ("" if p.train == "head" else f" for {p.epochs or 6} epochs") for p in phases)
+    gone_on = f"; {done} of {len(phases)} phases are done already" if done else ""
+    tuner.tell(f"{len(tuner.catalog)} images of {len(tuner.catalog.classes)} classes ({parts}); {tuner.backbone.name} at {tuner.size} pixels "
+               f"on {tuner.device}; phases: {names}{gone_on}; this takes about {_duration(sum(seconds[done:]))}")
+    return seconds
+
+def _seconds(tuner: FineTuner, phases: tuple[Phase, ...]) -> list[float]:
+    "A rough guess at the seconds of each phase."
+    b, n = tuner.backbone, pictures_at_once(tuner.device, tuner.size)
+    operations = np.array([r["multiply_adds"] for r in account(b, tuner.size)], float)
+    x = torch.zeros(n, 3, tuner.size, tuner.size, device=tuner.device)
+    def forward():
+        start = time.perf_counter()
+        predict_logits(b.model, x.__getitem__, n, n).cpu()
+        return time.perf_counter() - start
+    one = min(forward() for _ in range(3)) / n
+    return [one * _forward_passes(tuner, p, operations / operations.sum()) for p in phases]
+
+def _forward_passes(tuner: FineTuner, phase: Phase, share: np.ndarray) -> float:
+    "How many forward passes of one image a phase costs; `share`: of each stage in a forward pass."
+    if phase.train == "head":
+        return 2 * len(tuner.catalog)
+    stage, epochs = first_trainable(tuner.backbone, phase.train), phase.epochs or 6
+    lower, train, val = share[:stage].sum(), len(tuner.train), len(tuner.val)
+    below = phase.views * train + 2 * val if phase.views else epochs * (train + 2 * val)
+    return lower * below + (1 - lower) * epochs * (3 * train + 2 * val)
+
+def _duration(seconds: float) -> str:
+    "Seconds in words."
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 # %% ../nbs/09_recipe.ipynb #e559c4a4
 def _versions() -> dict[str, str]:
@@ -410,11 +753,12 @@ def _as_list(levels: tuple[float, float] | None) -> list[float] | None: return l
 
 # %% ../nbs/09_recipe.ipynb #b0ea76b0
 def measure(tuner: FineTuner) -> Score:
-    "Score of the weights at hand on the test pictures. Every look at them spends them: look once."
-    return score(_test_logits(tuner), tuner.labels[tuner.test])
+    "Score on the test images of the network that the last run returned, or else of the weights at hand. Every look spends them: look once."
+    with own_torch_state():
+        return score(_test_logits(tuner), tuner.labels[tuner.test])
 
 def _test_logits(tuner: FineTuner) -> torch.Tensor:
-    return eval_logits(tuner.backbone, tuner.pixels.pixels[tuner.test], tuner.size, tuner.device)
+    return eval_logits(tuner.chosen or tuner.backbone, tuner.pixels.pixels[tuner.test], tuner.size, tuner.device)
 
 # %% ../nbs/09_recipe.ipynb #3d019253
 FineTuner.measure, FineTuner.run = measure, run_phases
@@ -750,11 +1094,10 @@ def _weights(folder: Path, card: dict) -> dict[str, torch.Tensor]:
 def _to(v, device): return v.to(device) if isinstance(v, torch.Tensor) else v
 
 # %% ../nbs/09_recipe.ipynb #0b4aa3a7
-def _restore(tuner: FineTuner, plan: dict) -> int:
-    "Put the tuner where the run in `last.ckpt` was when its last phase began; how many phases were done. 0 where there is no such file."
-    path = tuner.out and tuner.out / "last.ckpt"
-    if not path: raise SFTError("resume: there is no folder to go on from; give `out`.")
-    if not path.exists(): return 0
+def _restore(tuner: FineTuner, plan: dict) -> tuple[int, bool]:
+    "Put the tuner where the run in `last.ckpt` was; how many phases were done, and whether it is inside of the next one. (0, False) without such a file."
+    path = tuner.out / "last.ckpt"
+    if not path.exists(): return 0, False
     more = read_checkpoint(path)["more"]
     run = more.get("also") if isinstance(more, dict) else None
     if not isinstance(run, dict) or not {"plan", "done", "history", "notes", "start", "head", "tuned"} <= run.keys():
@@ -765,20 +1108,57 @@ def _restore(tuner: FineTuner, plan: dict) -> int:
     tuner.head, tuner.tuned = (c and kind(**{k: _to(v, tuner.device) for k, v in c.items()}) for kind, c in ((Head, run["head"]), (Candidate, run["tuned"])))
     tuner.done = [Phase(**p) for p in plan["phases"][:run["done"]]]
     if latest := tuner.tuned or tuner.head: tuner.backbone.model.load_state_dict(latest.state)
-    return run["done"]
+    for row in tuner.history if tuner.watch else (): tuner.watch(dict(row))
+    return run["done"], "part" in more
+
+# %% ../nbs/09_recipe.ipynb #abc52c65
+def _ended(tuner: FineTuner, phases: tuple[Phase, ...]) -> Result | None:
+    "The artifact in `out`, where the run there has ended; None where there is something to go on with, or nothing."
+    if not tuner.out:
+        raise SFTError("resume: there is no folder to go on from; give `out`.")
+    card, checkpoint = tuner.out / "card.json", tuner.out / "last.ckpt"
+    if not card.exists() or checkpoint.exists() and checkpoint.stat().st_mtime > card.stat().st_mtime:
+        return None
+    there = read_card(tuner.out)
+    mine = {"backbone": tuner.backbone.name, "weights": tuner.backbone.weights, "seed": tuner.seed, "data": tuner.pixels.key,
+            "classes": list(tuner.catalog.classes)}
+    differ = [k for k, v in mine.items() if there.get(k) != v] + ["size"] * (there["preprocessing"]["size"] != tuner.size)
+    ran = there.get("phases")  # those that could gain nothing were left out
+    if not isinstance(ran, list) or ran != [asdict(p) for p in phases[:len(ran)]]:
+        differ.append("phases")
+    if differ:
+        raise SFTError(f"{tuner.out}: the run that ended there had other {' and other '.join(differ)}; give what it had, or another folder for a new run.")
+    said = f"{tuner.out}: the run there has ended already, so there is nothing to go on with; this is its artifact"
+    if not tuner.keep_checkpoint:
+        checkpoint.unlink(missing_ok=True)  # it was killed after all was done
+    tuner.tell(said) if tuner.say else warnings.warn(said, stacklevel=4)
+    return load_artifact(tuner.out, tuner.device)
 
 # %% ../nbs/09_recipe.ipynb #a4cfe21e
-def fine_tune(data: str | Path | Catalog, backbone: str | None = None, out: str | Path | None = None, *, size: int | None = None,
-              seed: int | None = None, phases: tuple[Phase, ...] | None = None, settings: Settings | None = None, resume: bool = False,
-              watch: Callable | None = None) -> Result:
-    """Fine-tune a pretrained network on a folder of labelled pictures, with the default recipe unless `phases` are given.
+def fine_tune(data, backbone: str | Backbone | nn.Module | None = None, out: str | Path | None = None, *,
+              size: int | None = None, seed: int | None = None, phases: tuple[Phase, ...] | Phase | None = None,
+              settings: Settings | None = None, resume: bool = False, watch: Callable[[dict], Any] | str | None = None,
+              weights: str | Path | None = "pretrained", val: str | Path | None = None, test: str | Path | None = None,
+              epochs: int | None = None, lr: float | None = None, batch_size: int | None = None,
+              train: int | str | None = None, keep_checkpoint: bool = False, say: Callable[[str], Any] | None = None) -> Result:
+    """Fine-tune a pretrained network on labelled images.
 
-    What is not given is read from the settings. resume, watch: as of `FineTuner`. Raises `SFTError` with one sentence where there
-    is nothing to learn from.
+    phases: the recipe; None: `default_phases`, of which train, epochs, lr and batch_size change the tuning. resume: go on where a
+    run into `out` was stopped. The rest is as for `FineTuner`: data can be a folder, a CSV, a DataFrame, lists, arrays or a data set.
+    What is not given is read from the settings. Raises `SFTError` with one sentence where there is nothing to learn from.
     """
     settings = settings or load_settings()
-    tuner = FineTuner(backbone or settings.backbone, data, out, size=size, seed=seed, settings=settings, watch=watch)
-    return tuner.run(*(phases or default_phases(settings)), resume=resume)
+    changed = {"train": train, "epochs": epochs, "lr": lr, "batch_size": batch_size}
+    given = [k for k, v in changed.items() if v is not None]
+    if phases is not None and given:
+        raise SFTError(f"fine_tune: {' and '.join(given)} and phases are given; write {given[0]} into the phases.")
+    if phases is None:
+        phases = default_phases(settings, **changed)
+    if isinstance(phases, Phase):
+        phases = (phases,)
+    tuner = FineTuner(data, settings.backbone if backbone is None else backbone, out, size=size, seed=seed, settings=settings,
+                      weights=weights, val=val, test=test, watch=watch, say=say, keep_checkpoint=keep_checkpoint)
+    return tuner.run(*phases, resume=resume)
 
 # %% ../nbs/09_recipe.ipynb #588c607b
 def scratch_phase(settings: Settings) -> Phase:
@@ -790,5 +1170,5 @@ def demo(out: str | Path, settings: Settings | None = None) -> tuple[float, Resu
     settings = settings or load_settings()
     folder = open_dataset(settings)
     tuned = fine_tune(folder, out=out, size=settings.image_size, settings=settings)
-    scratch = FineTuner(settings.backbone, folder, size=settings.image_size, weights=None, settings=settings)
+    scratch = FineTuner(folder, settings.backbone, size=settings.image_size, weights=None, settings=settings)
     return scratch.run(scratch_phase(settings)).accuracy, tuned
