@@ -186,7 +186,7 @@ def hold_back(labels: np.ndarray, share: float, seed: int, least: int = 1) -> np
 # %% ../nbs/01_data.ipynb #237678fd
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "HEIF")
 PICTURES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
-            ".pbm", ".pnm", ".pfm", ".avif", ".avifs", ".heic", ".heics", ".heif", ".hif"}
+            ".pbm", ".pnm", ".pfm", ".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif"}
 
 @cache
 def add_formats() -> bool:
