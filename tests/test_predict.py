@@ -113,7 +113,7 @@ def test_a_folder_stands_for_the_images_in_it(result, folder, tmp_path):
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "a.png").write_bytes(b"")
     (tmp_path / "notes.txt").write_bytes(b"")
-    with pytest.warns(UserWarning, match="no image can be read in this folder"):
+    with pytest.warns(UserWarning, match="there is no image to be read in this folder"):
         assert [p.path for p in result.predict(tmp_path)] == [str(tmp_path)]
 
 
@@ -138,7 +138,7 @@ def test_what_is_no_image_is_refused_in_a_sentence(result, what, said):
 
 
 def test_one_bad_file_among_many_is_named_and_passed_over(result, image, broken):
-    with pytest.warns(UserWarning, match="1 of 41 images could not be read, the first: .*broken.png"):
+    with pytest.warns(UserWarning, match="1 of 41 images cannot be read, the first: .*broken.png"):
         found = result.predict([*[image] * 20, broken, *[image] * 20])
     assert [i for i, p in enumerate(found) if p.error] == [20] and "broken.png: cannot be read as an image" in found[20].error
     assert found[20] == Prediction(str(broken), error=found[20].error) and found[20].label is None
