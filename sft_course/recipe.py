@@ -122,10 +122,12 @@ class Prediction:
 # %% ../nbs/09_recipe.ipynb #43ce708a
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A fine-tuned network. `accuracy` is measured once, on pictures that nothing was chosen by; `head_accuracy` is
-    that of the linear head on frozen features there. `card` is what `card.json` holds, `history` a row per epoch; `test` and
-    `held` are what it says of the test and the held-back pictures, `pixels` the former, uint8 (n, s, s, 3); `folder` is where
-    it was saved or loaded from."""
+    """A fine-tuned network, and what is known of it.
+
+    card: what `card.json` holds; history: a row per epoch; test, held: what the network says of the test and the validation
+    images; pixels: the test images, uint8 (n, s, s, 3); folder: where it was saved, or loaded from. `accuracy` is measured once,
+    on images that nothing was chosen by; the card's `head_accuracy` is that of the linear head on frozen features there.
+    """
     backbone: Backbone
     card: dict
     history: list[dict]
@@ -773,8 +775,8 @@ def _table(rows: list[dict]) -> str:
     return text.getvalue()
 
 # %% ../nbs/09_recipe.ipynb #c3509ea4
-ARTIFACT = ("model.safetensors", "history.csv", "report.html", "card.json")  # in the order in which they are written
-_SAVING = ".card.json.saving"  # is there while they are being written: what it lies beside is half an artifact, or nothing
+ARTIFACT = ("model.safetensors", "history.csv", "report.html", "card.json")  # in the order of writing
+_SAVING = ".card.json.saving"  # lies beside them while they are written: until it goes they are half an artifact
 
 def free_name(path: str | Path) -> Path:
     "`path`, or the first of `path-2`, `path-3`, … that is not there yet, or is a folder with nothing in it."
@@ -783,26 +785,32 @@ def free_name(path: str | Path) -> Path:
     return next(p for p in names if _is_free(p))
 
 def _is_free(path: Path) -> bool:
+    "Whether nothing lies there but the lock of a run that was stopped before it wrote anything."
     if not os.path.lexists(path): return True
     return path.is_dir() and set(os.listdir(path)) <= {".lock"}
 
 def require_free(out: str | Path) -> None:
-    "Raise `SFTError` where an artifact in folder `out` would replace a file. Half an artifact, which nothing loads, does not count."
+    "Raise `SFTError` where an artifact in folder `out` would replace a file. Half an artifact does not count."
     out = expanded(out)
     there = [out / name for name in ARTIFACT if os.path.lexists(out / name)]
     if there and not os.path.lexists(out / _SAVING):
-        raise SFTError(f"{there[0]}: this is there already and would be replaced; give another folder, such as {free_name(out)}.")
+        raise SFTError(f"{there[0]}: this is there already and would be replaced; "
+                       f"give another folder, such as {free_name(out)}.")
 
 # %% ../nbs/09_recipe.ipynb #a4e7c902
 def _known_as(model: nn.Module, card: dict) -> dict[str, str]:
-    "{name of each weight in the network: its name in an artifact}; a head on every stage is `every_stage` there."
+    "{name of a weight in the network: its name in an artifact}; a head on every stage is `every_stage` there."
     names = list(model.state_dict())
     if card["head"] == "last": return dict(zip(names, names))
     outside = {"features.model.": "", "linear.": "every_stage."}
-    return {n: next(new + n.removeprefix(old) for old, new in outside.items() if n.startswith(old)) for n in names}
+    def renamed(name): return next(new + name.removeprefix(old) for old, new in outside.items() if name.startswith(old))
+    return {name: renamed(name) for name in names}
 
 def state_dict(result: Result) -> dict[str, torch.Tensor]:
-    "The weights by the names that timm or torchvision gives them; those of a head on every stage are `every_stage.weight` and `.bias`."
+    """The weights by the names that timm or torchvision gives them.
+
+    Those of a head on every stage, which neither has, are `every_stage.weight` and `every_stage.bias`.
+    """
     model = result.backbone.model
     names = _known_as(model, result.card)
     return {names[k]: v for k, v in model.state_dict().items()}
@@ -810,29 +818,32 @@ def state_dict(result: Result) -> dict[str, torch.Tensor]:
 # %% ../nbs/09_recipe.ipynb #041aad9c
 @own_torch_state()
 def save_artifact(result: Result, out: str | Path) -> Path:
-    """Write weights, history, report and card into folder `out`, each whole or not at all. The card is last: without it nothing loads.
+    """Write weights, history, report and card into folder `out`, each whole or not at all; returns the folder.
 
-    Raises `SFTError` where that would replace a file which is not this very result's.
+    The card is last: without it nothing loads. Raises `SFTError` where a file would be replaced that is not this very
+    result's: it may be saved again where it was saved or loaded from, or where an artifact with the same weights lies.
     """
     from safetensors.torch import save
     out = expanded(out)
-    data = save({k: v.detach().cpu().contiguous() for k, v in state_dict(result).items()})
-    card = result.card | {"sha256": hashlib.sha256(data).hexdigest()}
+    weights = save({k: v.detach().cpu().contiguous() for k, v in state_dict(result).items()})
+    card = result.card | {"sha256": hashlib.sha256(weights).hexdigest()}
     if not _is_own(result, out, card["sha256"]): require_free(out)
-    content = {"model.safetensors": data, "history.csv": _table(result.history).encode(), "report.html": result.report.encode(),
-               "card.json": json.dumps(card, indent=2).encode()}
-    try: _write(out, {name: content[name] for name in ARTIFACT if content[name]})
-    except OSError as e: raise SFTError(f"{out}: the artifact cannot be written ({e.strerror}); make room, or give another folder with --out.") from None
+    files = [weights, _table(result.history).encode(), result.report.encode(), json.dumps(card, indent=2).encode()]
+    try: _write(out, {name: data for name, data in zip(ARTIFACT, files) if data})
+    except OSError as e:
+        raise SFTError(f"{out}: the artifact cannot be written ({e.strerror}); "
+                       "make room, or give another folder with --out.") from None
     object.__setattr__(result, "folder", out)
     return out
 
 def _is_own(result: Result, out: Path, sha256: str) -> bool:
-    "Whether the artifact in `out` is this result's: it was saved or loaded there, or the weights are the same."
+    "Whether what lies in `out` is this result's: it was saved or loaded there, or the weights are the same."
     if result.folder and result.folder.resolve() == out.resolve(): return True
     try: return read_card(out)["sha256"] == sha256
     except SFTError: return False
 
 def _write(out: Path, content: dict[str, bytes]) -> None:
+    "Write the files of an artifact, so that a save that is cut off can be seen as one."
     out.mkdir(parents=True, exist_ok=True)
     (out / _SAVING).touch()
     (out / "card.json").unlink(missing_ok=True)  # an older card does not speak for these weights
@@ -847,13 +858,15 @@ def _path(what: str | os.PathLike) -> Path:
     with suppress(SFTError): return expanded(path)
     return path
 
+_SINGLE = (bytes, bytearray, memoryview, Image.Image, dict, torch.Tensor)  # the last two are no images, nor several
+
 def _is_one(what: Any) -> bool:
     "Whether this is a single image, or what is none, and not several."
-    if isinstance(what, np.ndarray) and what.dtype.kind in "OSU": return what.ndim == 0
-    if isinstance(what, np.ndarray): return what.ndim < 3 or (what.ndim == 3 and what.shape[2] in (1, 3, 4))
+    if isinstance(what, np.ndarray):
+        names = what.dtype.kind in "OSU"
+        return what.ndim == 0 if names else what.ndim < 3 or (what.ndim == 3 and what.shape[2] in (1, 3, 4))
     if isinstance(what, (str, os.PathLike)): return not os.path.isdir(_path(what))
-    single = isinstance(what, (bytes, bytearray, memoryview, dict, Image.Image, torch.Tensor)) or hasattr(what, "read")
-    return single or not isinstance(what, Iterable)
+    return isinstance(what, _SINGLE) or hasattr(what, "read") or not isinstance(what, Iterable)
 
 def _items(what: Any) -> Iterator[Any]:
     "The single images that `what` stands for, one after the other; a folder stands for those in it."
@@ -863,14 +876,14 @@ def _items(what: Any) -> Iterator[Any]:
         for item in what: yield from _items(item)
 
 def _below(folder: Path) -> Iterator[Path]:
-    "The images in a folder and those below it by name, hidden ones left out; then the folders that hold none or cannot be listed."
-    found, silent = 0, []
-    for here, folders, files in os.walk(folder, onerror=lambda e: silent.append(Path(e.filename))):
+    "The images in a folder and below it, by name, but for hidden ones; then the folders that hold none or cannot be listed."
+    empty, unlisted = True, []
+    for here, folders, files in os.walk(folder, onerror=lambda e: unlisted.append(Path(e.filename))):
         folders[:] = sorted(d for d in folders if not d.startswith("."))
         for name in sorted(f for f in files if not f.startswith(".") and Path(f).suffix.lower() in PICTURES):
-            found += 1
+            empty = False
             yield Path(here, name)
-    yield from silent if found or silent else [folder]
+    yield from [folder] if empty and not unlisted else unlisted
 
 # %% ../nbs/09_recipe.ipynb #67f2a0b5
 _URL = re.compile("https?://", re.IGNORECASE)
@@ -878,28 +891,29 @@ _URL = re.compile("https?://", re.IGNORECASE)
 def _image_name(what: Any, number: int) -> str:
     "The path of an image, or a number where it has none."
     if isinstance(what, (str, os.PathLike)): return str(os.fsdecode(what))
-    name = getattr(what, "filename", None) or getattr(what, "name", None)  # of a PIL image, or of an open file
+    name = getattr(what, "filename", None) or getattr(what, "name", None)  # of a PIL image, of an open file
     return name if isinstance(name, str) and name else f"image {number}"
 
 def _image_source(what: Any, name: str, allow_url: bool) -> str | Path | bytes | np.ndarray | Image.Image:
     "What `read_picture` takes, or an address, and nobody else changes meanwhile."
     if isinstance(what, str) and _URL.match(what):
-        if not allow_url: raise SFTError(f"{name}: this is an address, and nothing is fetched unasked; give allow_url=True.")
-        return str(what)
+        if allow_url: return str(what)
+        raise SFTError(f"{name}: this is an address, and nothing is fetched unasked; give allow_url=True.")
     if isinstance(what, (str, os.PathLike)): return _path(what)
     if isinstance(what, (bytes, bytearray, memoryview)): return bytes(what)
-    if isinstance(what, np.ndarray) and what.ndim > 1: return np.array(what[..., 0] if what.shape[2:] == (1,) else what)
+    if isinstance(what, np.ndarray) and what.ndim > 1:
+        return np.array(what[..., 0] if what.shape[2:] == (1,) else what)
     if isinstance(what, Image.Image): return what.copy()
     if hasattr(what, "read"): return _file_bytes(what, name)
-    kind = f"an array of shape {what.shape}" if isinstance(what, np.ndarray) else f"an object of type {type(what).__name__}"
+    kind = f"an array of shape {what.shape}" if isinstance(what, np.ndarray) else f"a {type(what).__name__}"
     raise SFTError(f"{name}: {kind} is no image; give a path, bytes, an open file, a PIL image or an array.")
 
 def _file_bytes(file: Any, name: str) -> bytes:
     "All that an open file holds."
     if getattr(file, "seekable", bool)(): file.seek(0)
     data = file.read()
-    if not isinstance(data, bytes): raise SFTError(f"{name}: reading this file gives {type(data).__name__} and not bytes; open it with 'rb'.")
-    return data
+    if isinstance(data, bytes): return data
+    raise SFTError(f"{name}: this file gives {type(data).__name__} and not bytes; open it with 'rb'.")
 
 def _given(what: Any, number: int, allow_url: bool) -> tuple[str, Any]:
     "(name, source) of an image; an error in place of a source that cannot be had."
@@ -918,15 +932,18 @@ def _fetched(url: str, most: int = 1 << 27) -> bytes:
 
 def _read(given: tuple[str, Any], size: int, levels: tuple[float, float] | None) -> np.ndarray | str:
     "The decoded image, uint8 (size, size, 3), or a sentence that says why there is none."
-    name, source = given
+    name, source = printable(given[0]), given[1]
     try:
         if isinstance(source, Exception): raise source
-        if isinstance(source, str): source = _fetched(source)
-        if isinstance(source, Path) and os.path.isdir(source): return f"{printable(name)}: no image can be read in this folder; give a folder of images."
-        if isinstance(source, Path) and not os.path.lexists(source): return f"{printable(name)}: there is no such file; give an image."
-        return read_picture(source, size, levels)
+        if isinstance(source, Path): _require_file(source, name)
+        return read_picture(_fetched(source) if isinstance(source, str) else source, size, levels)
     except SFTError as e: return str(e)
-    except Exception as e: return f"{printable(name)}: cannot be read as an image ({_why_unreadable(e)}); give a JPEG, PNG or other image file."
+    except Exception as e: return f"{name}: cannot be read as an image ({_why_unreadable(e)}); give a JPEG, PNG or the like."
+
+def _require_file(path: Path, name: str) -> None:
+    "Raise `SFTError` where there is nothing, or a folder without images."
+    if os.path.isdir(path): raise SFTError(f"{name}: there is no image to be read in this folder; give another.")
+    if not os.path.lexists(path): raise SFTError(f"{name}: there is no such file; give an image.")
 
 def _why_unreadable(e: Exception) -> str:
     "What an exception says, short enough for a sentence."
@@ -934,10 +951,11 @@ def _why_unreadable(e: Exception) -> str:
     return printable(text)[:120] or type(e).__name__
 
 # %% ../nbs/09_recipe.ipynb #2ad8b6c7
-def predict_stream(result: Result, what: Any, top: int | None = None, *, allow_url: bool = False, batch_size: int = 32) -> Iterator[Prediction]:
-    """A `Prediction` for each image, as they come: `batch_size` of them are read at a time, and no more are kept.
+def predict_stream(result: Result, what: Any, top: int | None = None, *, allow_url: bool = False,
+                   batch_size: int = 32) -> Iterator[Prediction]:
+    """A `Prediction` for each image, as they come: `batch_size` of them are read at a time, and no more are held.
 
-    what, top, allow_url: as of `predict`. Of an image that cannot be read `error` says why, and the next ones follow.
+    what, top, allow_url: as of `predict`. Of an image that cannot be read `error` says why, and the next one follows.
     """
     for name, value in (("top", top), ("batch_size", batch_size)):
         if value is not None and value < 1: raise SFTError(f"{name} = {value}: not allowed; use a whole number from 1.")
@@ -945,69 +963,81 @@ def predict_stream(result: Result, what: Any, top: int | None = None, *, allow_u
     return _stream(result, given, top, batch_size)
 
 def _stream(result: Result, given: Iterator[tuple[str, Any]], top: int | None, batch_size: int) -> Iterator[Prediction]:
-    look_like, backbone = result.card["preprocessing"], replace(result.backbone, model=_evaluating(result.backbone.model))
-    read = partial(_read, size=decoded_size(look_like["size"], backbone.crop), levels=look_like.get("levels"))
+    "See `predict_stream`; `given` are names and sources."
+    backbone = replace(result.backbone, model=_evaluating(result.backbone.model))
+    size, levels = (result.card["preprocessing"].get(key) for key in ("size", "levels"))
+    read = partial(_read, size=decoded_size(size, backbone.crop), levels=levels)
     with ThreadPoolExecutor() as pool:
         while some := list(itertools.islice(given, batch_size)):
             found = list(pool.map(read, some))
             good = [x for x in found if isinstance(x, np.ndarray)]
-            said = iter(_probabilities(backbone, np.stack(good), look_like["size"]) if good else ())
+            said = iter(_probabilities(backbone, np.stack(good), size) if good else ())
             for (name, _), x in zip(some, found):
-                yield Prediction(name, error=x) if isinstance(x, str) else _prediction(name, next(said), result.classes, top)
+                if isinstance(x, str): yield Prediction(name, error=x)
+                else: yield _prediction(name, next(said), result.classes, top)
 
 def _evaluating(model: nn.Module) -> nn.Module:
-    "The network in evaluation mode: itself, or a copy where some of it is in training mode, which somebody may be using."
+    "The network in evaluation mode: itself, or a copy where some of it is in training mode, which somebody may need."
     return copy.deepcopy(model).eval() if any(m.training for m in model.modules()) else model
 
 @own_torch_state()
 def _probabilities(backbone: Backbone, pixels: np.ndarray, size: int) -> np.ndarray:
-    "float32 (n, classes)."
-    return eval_logits(backbone, pixels, size, next(backbone.model.parameters()).device).softmax(1).cpu().numpy()
+    "float32 (n, classes) of decoded images."
+    device = next(backbone.model.parameters()).device
+    return eval_logits(backbone, pixels, size, device).softmax(1).cpu().numpy()
 
 def _prediction(path: str, probabilities: np.ndarray, classes: list[str], top: int | None) -> Prediction:
+    "The classes in their own order, or the `top` most probable ones."
     order = np.argsort(-probabilities, kind="stable")
-    best = order[0]
     shown = range(len(classes)) if top is None else order[:top]
-    return Prediction(path, classes[best], float(probabilities[best]), {classes[i]: round(float(probabilities[i]), 6) for i in shown})
+    by_class = {classes[i]: round(float(probabilities[i]), 6) for i in shown}
+    return Prediction(path, classes[order[0]], float(probabilities[order[0]]), by_class)
 
 # %% ../nbs/09_recipe.ipynb #b94e60d1
 def predict(result: Result, what: Any, top: int | None = None, *, allow_url: bool = False) -> Prediction | list[Prediction]:
     """The `Prediction` of one image, or a list of them for several.
 
-    what: a path, the bytes of an image file, an open file, a PIL image, an array uint8 (h, w) or (h, w, 3 or 4), or with `allow_url` an
-    address. Several are a folder (the images in it and below it), an array (n, h, w, 3), or anything that can be gone through: a list, a
-    generator, `Path.glob`. top: keep the probabilities of that many classes, the most probable first; None: all, in the order of the classes.
+    what: a path, the bytes of an image file, an open file, a PIL image, an array uint8 (h, w), (h, w, 3) or (h, w, 4), or,
+    with `allow_url`, an address. Several are a folder (the images in it and below it), an array (n, h, w, 3), or anything
+    that can be gone through: a list, a generator, `Path.glob`. top: keep the probabilities of that many classes, the most
+    probable first; None: all, in the order of the classes.
     Raises `SFTError` where a single image cannot be read. Of several, `error` says so, and a warning counts them.
     """
     found = list(predict_stream(result, what, top, allow_url=allow_url))
     bad = [p.error for p in found if p.error]
-    if not _is_one(what):
-        if bad: warnings.warn(f"{len(bad)} of {len(found)} images could not be read, the first: {bad[0]}", stacklevel=2)
-        return found
-    if bad: raise SFTError(bad[0])
-    return found[0]
+    if _is_one(what):
+        if bad: raise SFTError(bad[0])
+        return found[0]
+    if bad: warnings.warn(f"{len(bad)} of {len(found)} images cannot be read, the first: {bad[0]}", stacklevel=2)
+    return found
 
 def predict_frame(result: Result, what: Any, top: int = 3, *, allow_url: bool = False):
-    """The predictions as a pandas DataFrame, a row an image: `path`, `label`, `probability`, then `label_2`, `probability_2` and so on for
-    the `top` most probable classes, and `error`. what, allow_url: as of `predict`."""
+    """The predictions as a pandas DataFrame, a row for each image.
+
+    Its columns: `path`; `label` and `probability`, `label_2` and `probability_2` and so on for the `top` most probable
+    classes; `error`. what, allow_url: as of `predict`.
+    """
     import pandas as pd
     names = ["", *(f"_{k}" for k in range(2, min(top, len(result.classes)) + 1))]
-    columns = ["path", *(f"{c}{n}" for n in names for c in ("label", "probability")), "error"]
-    def row(p: Prediction) -> list: return [p.path, *itertools.chain(*p.probabilities.items()), p.error]
-    def failed(p: Prediction) -> list: return [p.path, *[None] * (2 * len(names)), p.error]
-    found = predict_stream(result, what, top, allow_url=allow_url)
-    return pd.DataFrame([failed(p) if p.error else row(p) for p in found], columns=columns)
+    columns = ["path", *(f"{c}{name}" for name in names for c in ("label", "probability")), "error"]
+    def row(p: Prediction) -> list:
+        best = itertools.chain(*p.probabilities.items())
+        return [p.path, *([None] * 2 * len(names) if p.error else best), p.error]
+    return pd.DataFrame(map(row, predict_stream(result, what, top, allow_url=allow_url)), columns=columns)
 
 # %% ../nbs/09_recipe.ipynb #7f8a350c
 Result.predict, Result.predict_stream, Result.predict_frame = predict, predict_stream, predict_frame
 Result.state_dict, Result.save = state_dict, save_artifact
 
 # %% ../nbs/09_recipe.ipynb #sp0text0
-def _text(path: Path) -> str: return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+def _text(path: Path) -> str:
+    "What a text file holds, '' where there is none."
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 def _history(path: Path) -> list[dict]:
     "The rows of history.csv as they were before they were written; none where it is damaged."
-    try: return [{k: _value(v) for k, v in row.items() if k is not None} for row in csv.DictReader(io.StringIO(_text(path)))]
+    table = csv.DictReader(io.StringIO(_text(path)))
+    try: return [{k: _value(v) for k, v in row.items() if k is not None} for row in table]
     except csv.Error: return []
 
 def _value(text: str | None) -> int | float | str | None:
@@ -1022,7 +1052,7 @@ def _value(text: str | None) -> int | float | str | None:
 def load_artifact(folder: str | Path, device="cpu", model: nn.Module | None = None) -> Result:
     """The `Result` that was saved in `folder`. Nothing in the folder is executed, and nothing is fetched.
 
-    model: the network, with whatever weights, where it was a module of your own or one of the Hugging Face Hub; it is left as it is.
+    model: the network, with whatever weights, where it is a module of your own or one of the Hugging Face Hub; a copy is used.
     Raises `SFTError` where the folder is not an artifact, or its weights are not those its card speaks of.
     """
     folder = expanded(folder)
@@ -1031,8 +1061,9 @@ def load_artifact(folder: str | Path, device="cpu", model: nn.Module | None = No
     _fill(folder, backbone.model, card)
     backbone.model.to(device).eval()
     p = card["preprocessing"]
-    backbone = replace(backbone, mean=tuple(p["mean"]), std=tuple(p["std"]), crop=p["crop"], weights=str(card.get("weights")))
-    return Result(backbone, card, _history(folder / "history.csv"), html=_text(folder / "report.html"), folder=folder)
+    backbone = replace(backbone, mean=tuple(p["mean"]), std=tuple(p["std"]), crop=p["crop"])
+    history, page = _history(folder / "history.csv"), _text(folder / "report.html")
+    return Result(backbone, card, history, html=page, folder=folder)
 
 def _fill(folder: Path, model: nn.Module, card: dict) -> None:
     "Give the network the weights of an artifact."
@@ -1055,17 +1086,23 @@ def read_card(folder: str | Path) -> dict:
 
 # %% ../nbs/09_recipe.ipynb #b7ee3ac9
 def _numbers(v, n: int, low: float) -> bool:
+    "Whether this is a list of n finite numbers, none below `low`."
     return isinstance(v, list) and len(v) == n and all(isinstance(x, (int, float)) and math.isfinite(x) and x >= low for x in v)
 
 def _preprocessing(v) -> bool:
-    return (isinstance(v, dict) and isinstance(v.get("size"), int) and 1 <= v["size"] <= 4096 and _numbers([v.get("crop")], 1, 1e-3)
-            and _numbers(v.get("mean"), 3, -1e3) and _numbers(v.get("std"), 3, 1e-6) and _levels(v.get("levels")))
+    return (isinstance(v, dict) and isinstance(v.get("size"), int) and 1 <= v["size"] <= 4096
+            and _numbers([v.get("crop")], 1, 1e-3) and _numbers(v.get("mean"), 3, -1e3)
+            and _numbers(v.get("std"), 3, 1e-6) and _levels(v.get("levels")))
 
 def _levels(v) -> bool: return v is None or (_numbers(v, 2, -math.inf) and v[0] < v[1])
 
-_CARD = {"classes": lambda v: isinstance(v, list) and len(v) > 1 and len(set(map(str, v))) == len(v) and all(isinstance(c, str) for c in v),
-         "backbone": lambda v: isinstance(v, str) and 0 < len(v) <= 200 and v.isprintable(), "preprocessing": _preprocessing,
-         "head": lambda v: v in ("last", "every"), "metrics": lambda v: isinstance(v, dict), "sha256": lambda v: isinstance(v, str)}
+def _classes(v) -> bool:
+    return isinstance(v, list) and len(v) > 1 and all(isinstance(c, str) for c in v) and len(set(v)) == len(v)
+
+_CARD = {"classes": _classes, "preprocessing": _preprocessing,
+         "backbone": lambda v: isinstance(v, str) and 0 < len(v) <= 200 and v.isprintable(),
+         "head": lambda v: v in ("last", "every"), "metrics": lambda v: isinstance(v, dict),
+         "sha256": lambda v: isinstance(v, str)}
 
 # %% ../nbs/09_recipe.ipynb #39a8c8c6
 def _network(folder: Path, card: dict, model: nn.Module | None = None) -> Backbone:
@@ -1078,7 +1115,8 @@ def _network(folder: Path, card: dict, model: nn.Module | None = None) -> Backbo
         backbone = new_head(found, k)
     except SFTError as e:
         how = "" if model is not None else "; give the network itself: load_artifact(folder, model=...)"
-        raise SFTError(f"{folder}: its card.json names a backbone that cannot be opened ({str(e).rstrip('.')}){how}.") from None
+        why = str(e).rstrip(".?")
+        raise SFTError(f"{folder}: its card.json names a backbone that cannot be opened ({why}){how}.") from None
     return every_stage(backbone, k) if card["head"] == "every" else backbone
 
 def _weights(folder: Path, card: dict) -> dict[str, torch.Tensor]:
