@@ -19,7 +19,7 @@ import torch
 import sft_course
 from .core import SFTError, Settings, load_settings, open_dataset, pick_device, whole_file
 from .data import Catalog, decode_once, decoded_size, look, plain_view, random_view, read_picture, scan
-from .backbones import Backbone, misfits, new_head, open_backbone
+from .backbones import account, Backbone, misfits, new_head, open_backbone
 from .loop import Diverged, Score, batches, copy_state, fit, predict_logits, read_checkpoint, score
 from .freezing import EveryStage, HeadChoice, Rows, activations, choose_head, fit_wide_head, fold_for, head_logits, pictures_at_once, split_at, stage_features
 from .unfreezing import first_trainable, freeze_below, param_groups, training_mode
@@ -106,7 +106,7 @@ from PIL import Image
 from torch import nn
 from .core import expanded, own_torch_state
 from .data import PICTURES, printable
-from .backbones import as_backbone
+from .backbones import account, as_backbone
 
 # %% ../nbs/09_recipe.ipynb #6b32f003
 @dataclass(frozen=True)
@@ -285,6 +285,16 @@ def _watcher(watch: Callable[[dict], Any] | str | None, out: Path | None) -> Cal
         raise SFTError(f"watch = {watch!r}: there is no folder for it; give `out`.")
     return _WATCHERS[watch](out)
 
+# %% ../nbs/09_recipe.ipynb #mem0ne01
+def _bytes_of_one(backbone: Backbone, size: int) -> float:
+    "What the network keeps for the backward pass of one image of `size` pixels, scaled from a count at its own size."
+    kept = sum(row["activation_bytes"] for row in account(backbone, backbone.size))
+    return kept * (size / backbone.size) ** 2
+
+def _free_on(device: torch.device) -> int | None:
+    "Free bytes on a GPU; None for the processor, where the system says."
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
 # %% ../nbs/09_recipe.ipynb #5da581e2
 class FineTuner:
     """Runs phases on labelled images and a network; keeps the best weights, seen on the validation images.
@@ -330,7 +340,7 @@ class FineTuner:
             self.note(why)
         _require_parts(catalog, catalog)
         side = decoded_size(self.size, self.backbone.crop)
-        require_memory(len(catalog), side, self.settings)
+        require_memory(1, self.size, _bytes_of_one(self.backbone, self.size), _free_on(self.device))
         self.pixels = decode_once(catalog, side, self.cache)
         left = self.pixels.catalog
         _require_parts(left, catalog)
