@@ -30,6 +30,7 @@ from sft_course.data import (
     require_memory,
     scan,
 )
+from sft_course.schedules import FoundRate
 
 CASES = REPO.parent / "shared" / "cases"
 
@@ -431,3 +432,8 @@ def test_the_hard_images_are_read_and_hold_no_copies(case, tmp_path):
     found = decode_once(scan(case("hard")), 72, tmp_path)
     assert len(found.catalog) == 60 and found.levels is None and find_leaks(found) == ()
     assert not [p for p in inspect(found) if p.kind in ("small", "elongated", "blank", "changed")]
+
+
+def test_a_rate_that_was_found_can_be_compared_and_hashed():
+    a, b = (FoundRate(np.arange(3.), np.arange(3.), 1., "by hand") for _ in range(2))
+    assert a == a and a != b and len({a, b, a}) == 2
