@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['head_loop', 'split_at', 'fold_batch_norms', 'fold_for', 'pictures_at_once', 'weights_key', 'lower_code',
-           'activations', 'stage_features', 'EveryStage', 'fit_head', 'Rows', 'head_logits', 'HeadChoice',
+           'activations', 'Recomputed', 'stage_features', 'EveryStage', 'fit_head', 'Rows', 'head_logits', 'HeadChoice',
            'choose_head', 'fit_wide_head', 'exact_head']
 
 # %% ../nbs/05_frozen_head.ipynb #de5ea105
@@ -185,31 +185,138 @@ def pictures_at_once(device, size: int) -> int:
     "How many pictures of `size` pixels to put through a network together: on a processor few, so that what a layer makes stays in its cache."
     return min(64, max(4, round(150_000 / size ** 2))) if torch.device(device).type == "cpu" else 64
 
+# %% ../nbs/05_frozen_head.ipynb #d1c0de50
+import functools, json, types
+from dataclasses import replace
+from .data import evict, free_memory
+
 # %% ../nbs/05_frozen_head.ipynb #55551cc6
 def weights_key(module: nn.Module) -> str:
-    "A hash of every parameter and buffer: other weights, other key."
+    "A hash of every parameter and buffer, with its name, type and shape: other weights, other key."
     h = hashlib.blake2b(digest_size=12)
-    for name, t in module.state_dict().items(): h.update(name.encode() + t.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    for name, t in tensors: h.update(f"{name} {t.dtype} {tuple(t.shape)}".encode() + _bytes(t))
     return h.hexdigest()
 
+def _bytes(t: torch.Tensor) -> bytes:
+    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+# %% ../nbs/05_frozen_head.ipynb #d1c0de52
+_LIBRARIES = ("builtins", "numpy", "torch", "torchvision", "timm")  # their versions are in the key
+
+def _ours(x) -> bool:
+    "Whether a function or class comes from no library."
+    return (getattr(x, "__module__", None) or "").partition(".")[0] not in _LIBRARIES
+
+class _Described:
+    """`text(x)` changes when what `x` holds or does changes, and is the same in the next process.
+
+    `met` keeps what was described, so that circles end, and so that no other object takes its place in memory."""
+    def __init__(self):
+        self.met: dict[int, Any] = {}
+
+    def text(self, x: Any, depth: int = 0) -> str:
+        if isinstance(x, (str, bytes, int, float, complex, type(None), type(...), slice, range, torch.dtype, torch.device)): return repr(x)
+        if isinstance(x, (list, tuple)): return f"[{', '.join(self.text(v, depth) for v in x)}]"
+        if isinstance(x, (set, frozenset)): return f"{{{', '.join(sorted(self.text(v, depth) for v in x))}}}"
+        if isinstance(x, dict): return f"{{{', '.join(f'{self.text(k, depth)}: {self.text(v, depth)}' for k, v in x.items())}}}"
+        if isinstance(x, types.CodeType): return self.text([x.co_code, x.co_names, x.co_consts], depth)
+        if id(x) in self.met: return type(x).__name__
+        self.met[id(x)] = x
+        return f"{type(x).__name__} {self.inside(x, depth)}"
+
+    def inside(self, x: Any, depth: int) -> str:
+        if isinstance(x, torch.Tensor): return hashlib.blake2b(_bytes(x)).hexdigest()
+        if isinstance(x, np.ndarray): return hashlib.blake2b(np.ascontiguousarray(x).view(np.uint8) if x.dtype != object else repr(x).encode()).hexdigest()
+        if isinstance(x, nn.Module): return self.module(x)
+        if isinstance(x, types.FunctionType): return self.function(x, depth)
+        if isinstance(x, types.MethodType): return self.text([x.__func__, x.__self__], depth)
+        if isinstance(x, functools.partial): return self.text([x.func, x.args, x.keywords], depth)
+        if isinstance(x, type): return self.methods(x, depth) if _ours(x) else f"{x.__module__}.{x.__qualname__}"
+        if depth < 4 and hasattr(x, "__dict__"): return f"{type(x).__qualname__} {self.text(vars(x), depth + 1)}"
+        return getattr(x, "__qualname__", type(x).__qualname__)
+
+# %% ../nbs/05_frozen_head.ipynb #d1c0de53
+def _names(code: types.CodeType) -> set[str]:
+    "Names that a function uses, those of the functions in it too."
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+def _function(self: _Described, f: types.FunctionType, depth: int) -> str:
+    "Its code, defaults and captured values; outside of libraries also the functions and values that it takes from its module."
+    used = {}
+    if _ours(f) and depth < 8:
+        there = {n: f.__globals__[n] for n in sorted(_names(f.__code__)) if n in f.__globals__}
+        used = {n: v for n, v in there.items() if not isinstance(v, types.ModuleType) and (_ours(v) or not callable(v))}
+    captured = []
+    for cell in f.__closure__ or ():
+        with suppress(ValueError): captured.append(cell.cell_contents)  # one that is still empty
+    return self.text([f.__code__, f.__defaults__, f.__kwdefaults__, captured, used], depth + 1)
+
+def _methods(self: _Described, cls: type, depth: int = 0) -> str:
+    "Name and methods of a class and of those it is made from, up to torch's own."
+    found = [f"{cls.__module__}.{cls.__qualname__}"]
+    for c in cls.__mro__:
+        if c in (nn.Module, object): break
+        made = {k: getattr(v, "__func__", getattr(v, "fget", v)) for k, v in vars(c).items()}
+        found += [f"{k} {self.text(v, depth + 1)}" for k, v in sorted(made.items()) if isinstance(v, types.FunctionType)]
+    return " ".join(found)
+
+_Described.function, _Described.methods = _function, _methods
+
+# %% ../nbs/05_frozen_head.ipynb #d1c0de54
+_PLACES = {"_parameters", "_buffers", "_modules", "training", "__doc__", "_non_persistent_buffers_set"}  # in the key of the weights, or of no effect here
+_LABELS = {"num_classes", "default_cfg", "pretrained_cfg", "pretrained_cfg_overlay"}  # what timm notes about a network
+
+def _module(self: _Described, m: nn.Module) -> str:
+    "What a module does and is set to, and the modules in it."
+    if isinstance(m, fx.GraphModule): own = [m.code]
+    else:
+        more = {k: v for k, v in vars(m).items() if k not in _PLACES and k not in _LABELS and not k.endswith("_hooks") and "_hooks_" not in k}
+        hooks = [list(v.values()) for k, v in vars(m).items() if k.endswith("_hooks") and isinstance(v, dict)]
+        own = [self.methods(type(m)) if type(m) not in self.met.values() else type(m).__qualname__, self.text(more), self.text(hooks), getattr(m, "code", "")]
+        self.met[id(type(m))] = type(m)
+    return self.text(own) + self.text({name: child for name, child in m.named_children()})
+
+_Described.module = _module
+
 def lower_code(lower: nn.Module) -> str:
-    "Which layers `lower` runs: the same weights can be used in more ways than one."
-    return getattr(lower, "code", None) or re.sub(r" at 0x\w+", "", repr(lower))
+    "A hash of what `lower` runs: code and settings of its layers, down to the last leaf. The same weights can be used in more ways than one."
+    return hashlib.blake2b(_Described().text(lower).encode(errors="surrogatepass"), digest_size=12).hexdigest()
+
+def _made_by(device) -> str:
+    "What else decides the last bits of a feature: versions, processor, and the order of its sums, which depends on the number of threads."
+    import timm, torchvision
+    kind = torch.device(device).type
+    where = torch.cuda.get_device_name(device) if kind == "cuda" else f"{torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+    return f"3 {torch.__version__} {torchvision.__version__} {timm.__version__} {kind} {where} {torch.get_float32_matmul_precision()}"
 
 # %% ../nbs/05_frozen_head.ipynb #87a32cb0
-def activations(lower: nn.Module, backbone: Backbone, pixels: PixelCache, theta: np.ndarray, size: int,
-                cache_dir: str | Path, rows: np.ndarray, device="cpu", desc: str = "features") -> np.ndarray:
+def activations(lower: nn.Module, backbone: Backbone, pixels: PixelCache, theta: np.ndarray, size: int, cache_dir: str | Path, rows: np.ndarray,
+                device="cpu", desc: str = "features", budget_bytes: float | None = None, views: int = 1) -> "np.ndarray | Recomputed":
     """What `lower`, in evaluation mode, makes of pictures `rows` in one view: (len(rows), …), memory-mapped, kept under `cache_dir`.
 
-    float16, or float32 where a value is beyond 65504. theta: float32 (n, 2, 3), the view of all n pictures. The key holds weights,
-    pictures, rows, view, size and preprocessing. Raises `SFTError` where nothing can be written or a value is not finite.
+    float16, or float32 where a value is beyond 65504. theta: float32 (n, 2, 3), the view of all n pictures. The key holds weights, code,
+    pictures, rows, view, size, preprocessing, versions and threads. budget_bytes: what the cache may hold, decoded pictures and activations together.
+    Where `views` such arrays do not fit, they are held in memory, with the same values, or, where they do not fit there either, computed
+    again a piece at a time; where they fit, what was not used for longest makes room. Raises `SFTError` where nothing can be written or a
+    value is not finite.
     """
-    key = hashlib.blake2b(digest_size=12)
-    for part in (weights_key(lower), lower_code(lower), pixels.key, f"2 {size} {backbone.mean} {backbone.std} {torch.device(device).type}"): key.update(part.encode())
-    for array in (rows, theta[rows]): key.update(array.tobytes())
-    path = Path(cache_dir) / "activations" / f"{key.hexdigest()}.npy"
-    if not _is_whole(path, len(rows)): _compute(lower, backbone, pixels, theta, size, path, rows, device, desc)
+    path = Path(cache_dir) / "activations" / f"{_key(lower, backbone, pixels, theta, size, rows, device)}.npy"
+    if not _is_whole(path, len(rows)):
+        job = _Job(fold_for(lower, size).to(device), backbone, pixels, theta, size, rows, device, desc)
+        if budget_bytes is not None and views * job.bytes + pixels.pixels.nbytes > budget_bytes: return _held(job, views)
+        _compute(job, path)
+        if budget_bytes is not None: evict(cache_dir, budget_bytes, keep=(path, Path(cache_dir) / "pixels" / pixels.key))
+    with suppress(OSError): os.utime(path)  # used now
     return np.load(path, mmap_mode="r") if len(rows) else np.load(path)
+
+def _key(lower: nn.Module, backbone: Backbone, pixels: PixelCache, theta: np.ndarray, size: int, rows: np.ndarray, device) -> str:
+    "A hash of everything that activations depend on."
+    key = hashlib.blake2b(digest_size=12)
+    for part in (weights_key(lower), lower_code(lower), pixels.key, f"{size} {backbone.mean} {backbone.std}", _made_by(device)): key.update(part.encode())
+    for array in (rows, theta[rows]): key.update(array.tobytes())
+    return key.hexdigest()
 
 # %% ../nbs/05_frozen_head.ipynb #11969e0b
 def _is_whole(path: Path, n: int) -> bool:
@@ -226,26 +333,55 @@ def _is_whole(path: Path, n: int) -> bool:
 class _TooLarge(Exception):
     "A value that 16 bits cannot hold."
 
-def _outputs(lower: nn.Module, backbone: Backbone, pixels: PixelCache, theta, size, rows, device, desc, kind) -> Iterator[np.ndarray]:
-    "What `lower` makes of pictures `rows`, a few at a time."
-    step = pictures_at_once(device, size)
-    for i in progress(range(0, len(rows), step), desc=desc):
-        some = rows[i:i + step]
-        with torch.no_grad(): x = lower(look(pixels.pixels[some], theta[some], size, backbone.mean, backbone.std, device)).float()
-        finite = x.isfinite().flatten(1).all(1)
-        if not finite.all(): raise SFTError(f"{pixels.catalog.files[some[int((~finite).nonzero()[0])]]}: {backbone.name} makes values of this "
-                                            "picture that are not finite; look at the picture, and at the weights.")
-        if kind == np.float16 and x.numel() and x.abs().max() > 65504: raise _TooLarge
-        yield x.cpu().numpy().astype(kind)
+@dataclass(frozen=True)
+class _Job:
+    "What is to be computed: the arguments of `activations`, with `lower` folded and on its device."
+    lower: nn.Module
+    backbone: Backbone
+    pixels: PixelCache
+    theta: np.ndarray
+    size: int
+    rows: np.ndarray
+    device: Any
+    desc: str
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, ...]:
+        with torch.no_grad(): return (len(self.rows), *self.lower(torch.zeros(1, 3, self.size, self.size, device=self.device)).shape[1:])
+
+    @property
+    def bytes(self) -> int:
+        "What the result takes in 16 bits."
+        return 2 * math.prod(self.shape)
+
+    @property
+    def step(self) -> int: return pictures_at_once(self.device, self.size)
+
+    def outputs(self, kind: type, blocks: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+        "What comes out for the pictures, a block of `step` at a time; only for some of the blocks if they are given."
+        blocks = range(-(-len(self.rows) // self.step)) if blocks is None else blocks
+        return (self.block(b, kind) for b in progress(blocks, desc=self.desc))
+
+# %% ../nbs/05_frozen_head.ipynb #d1c0de56
+def _block(self: _Job, number: int, kind: type) -> np.ndarray:
+    "What comes out for one block of pictures. The blocks are always the same: a sum may depend on what else is in a batch."
+    some = self.rows[number * self.step:(number + 1) * self.step]
+    x = look(self.pixels.pixels[some], self.theta[some], self.size, self.backbone.mean, self.backbone.std, self.device)
+    with torch.no_grad(): x = self.lower(x).float()
+    finite = x.isfinite().flatten(1).all(1)
+    if not finite.all():
+        file = self.pixels.catalog.files[some[int((~finite).nonzero()[0])]]
+        raise SFTError(f"{file}: {self.backbone.name} makes values of this picture that are not finite; look at the picture, and at the weights.")
+    if kind == np.float16 and x.numel() and x.abs().max() > 65504: raise _TooLarge
+    return x.cpu().numpy().astype(kind)
+
+_Job.block = _block
 
 # %% ../nbs/05_frozen_head.ipynb #dcf99081
-def _compute(lower, backbone, pixels, theta, size, path: Path, rows, device, desc) -> None:
+def _compute(job: _Job, path: Path) -> None:
     "Write the activations to `path`, in 32 bits where 16 do not hold them."
-    lower = fold_for(lower, size).to(device)
-    with torch.no_grad(): shape = (len(rows), *lower(torch.zeros(1, 3, size, size, device=device)).shape[1:])
     for kind in (np.float16, np.float32):
-        with suppress(_TooLarge):
-            return _write(path, shape, kind, _outputs(lower, backbone, pixels, theta, size, rows, device, desc, kind))
+        with suppress(_TooLarge): return _write(path, job.shape, kind, job.outputs(kind))
 
 # %% ../nbs/05_frozen_head.ipynb #ceeb088e
 def _write(path: Path, shape: tuple[int, ...], kind: type, parts: Iterator[np.ndarray]) -> None:
@@ -257,6 +393,37 @@ def _write(path: Path, shape: tuple[int, ...], kind: type, parts: Iterator[np.nd
             for x in parts: f.write(x.tobytes())
     except OSError as e:
         raise SFTError(f"{path.parent}: activations cannot be kept there ({e.strerror or e}); make room, or set another `cache` in settings.ini.") from None
+
+# %% ../nbs/05_frozen_head.ipynb #d1c0de58
+def _held(job: _Job, views: int) -> "np.ndarray | Recomputed":
+    "The activations without a file."
+    free = free_memory()
+    if free is not None and 2 * views * job.bytes > free: return Recomputed(job)
+    for kind in (np.float16, np.float32):
+        out = np.empty(job.shape, kind)
+        with suppress(_TooLarge):
+            for k, x in enumerate(job.outputs(kind)): out[k * job.step:k * job.step + len(x)] = x
+            return out
+    raise AssertionError("32 bits hold every finite value")
+
+class Recomputed:
+    "Activations (n, …) of which nothing is kept: what is asked for, by rows and then columns, is computed then."
+    def __init__(self, job: _Job):
+        self.job, self.shape, self.dtype = replace(job, desc=""), job.shape, np.dtype(np.float16)
+        try:
+            for _ in job.outputs(np.float16): pass  # once, to see that all is finite, and whether 16 bits are enough
+        except _TooLarge: self.dtype = np.dtype(np.float32)
+
+    def __len__(self) -> int: return self.shape[0]
+
+    def __getitem__(self, at) -> np.ndarray:
+        rows, *columns = at if isinstance(at, tuple) else (at,)
+        wanted = np.arange(len(self))[rows]
+        flat = np.atleast_1d(wanted)
+        out, block = np.empty((len(flat), *self.shape[1:]), self.dtype), flat // self.job.step
+        numbers = np.unique(block)
+        for b, x in zip(numbers, self.job.outputs(self.dtype.type, numbers)): out[block == b] = x[flat[block == b] - b * self.job.step]
+        return (out if wanted.ndim else out[0])[(slice(None), *columns) if wanted.ndim and columns else tuple(columns)]
 
 # %% ../nbs/05_frozen_head.ipynb #64ac0954
 def _headless(model: nn.Module, head: str) -> nn.Module:

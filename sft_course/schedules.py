@@ -175,7 +175,7 @@ def suggest(rates: np.ndarray, losses: np.ndarray, rule: str = "steepest") -> tu
     return float(rate), how
 
 # %% ../nbs/07_schedules.ipynb #cff3d7ce
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FoundRate:
     "A range test: `rates` and `losses` float64 (n,), the `suggested` rate for the group with the largest, and `how` it was chosen."
     rates: np.ndarray
