@@ -177,8 +177,10 @@ class _ToCsv:
     def __call__(self, row: dict) -> None:
         self.rows.append(row)
         try:
-            with whole_file(self.path) as temp:
-                temp.write_text(_table(self.rows), encoding="utf-8")
+            with whole_file(self.path) as temp, open(temp, "w", newline="", encoding="utf-8") as f:
+                table = csv.DictWriter(f, list(self.rows[0]), lineterminator="\n")
+                table.writeheader()
+                table.writerows(self.rows)
         except OSError as e:
             raise SFTError(f"{self.path}: cannot be written ({e.strerror}); make room, or leave watch out.") from None
 
