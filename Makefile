@@ -1,29 +1,48 @@
-# make demo · make test: each makes .venv and installs what it needs by itself.
+# make demo · make test: each makes .venv and installs what it needs by itself; the demo needs the library alone.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-READY := .venv/.ready
+LIBRARY := .venv/.ready-library
+READY := .venv/.ready-all
 BENCH := .venv-bench/bin
 BENCH_READY := .venv-bench/.ready
 NOTEBOOK_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+comma := ,
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-$(READY): pyproject.toml
-	@test -n "$(PYTHON)" || { echo "make: no Python 3.10 or newer with venv was found; install one (on Debian: python3 and python3-venv), or name it: make PYTHON=/path/to/python3"; exit 1; }
-	@echo "Installing into .venv with $(PYTHON): a few minutes and about 6 GB, most of it PyTorch"
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev,course]"
-	@touch $(READY)
+# $(call install,FOLDER,EXTRAS): the project and its extras into the environment FOLDER.
+# While pip works, the stamps (.ready…) are away and .unfinished is there. Where that mark is found, or a pip that does not run, an install
+# was cut short, and what it left is thrown away (the glob passes over the mark itself). pip itself is upgraded before the mark is set:
+# without a network it fails there, and nothing is lost.
+define install
+@test -n "$(PYTHON)" || { echo "make: no Python 3.10 or newer with venv was found; install one (on Debian: python3 and python3-venv), or name it: make PYTHON=/path/to/python3"; exit 1; }
+@if test -e $(1)/.unfinished || { test -e $(1)/bin/python && ! $(1)/bin/python -m pip --version > /dev/null 2>&1; }; then \
+	echo "An earlier install was cut short: starting again"; rm -rf $(1)/*; fi
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --quiet --upgrade pip
+@touch $(1)/.unfinished && rm -f $(1)/.ready*
+$(1)/bin/python -m pip install --quiet --editable ".$(2)"
+@rm $(1)/.unfinished
+endef
+
+$(LIBRARY): pyproject.toml
+	@echo "Installing the library into .venv with $(PYTHON): a few minutes and about 6 GB, most of it PyTorch"
+	$(call install,.venv)
+	@touch $(LIBRARY)
+
+$(READY): $(LIBRARY)
+	@echo "Adding JupyterLab and what the tests need"
+	$(call install,.venv,[dev$(comma)course])
+	@touch $(LIBRARY) $(READY)
 
 install: $(READY) ## make .venv and install the course into it
 
-demo: $(READY) ## draw Blooms, fine-tune on them, compare with training from scratch
+demo: $(LIBRARY) ## draw Blooms, fine-tune on them, compare with training from scratch
 	$(BIN)/sft-course demo --out out/demo
 
 test: $(READY) ## exports and README in sync, every notebook, pytest
@@ -31,10 +50,15 @@ test: $(READY) ## exports and README in sync, every notebook, pytest
 	$(NOTEBOOK_THREADS) SFT_STRICT=1 $(BIN)/nbdev-test --n-workers 2 --timing nbs
 	$(BIN)/python -m pytest tests --ignore tests/test_sync.py
 
+test-long: $(READY) ## what `make test` leaves out: the other chapters on photographs, ten times the faults, every chapter in Chromium
+	$(BIN)/python -m pytest tests -m long
+	FAULTS=long $(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest tests/browser
+
 test-faults: $(READY) ## bad files, kills, full disks; FAULTS=long tries ten times as many
 	$(BIN)/python -m pytest tests/faults
 
-test-browser: $(READY) ## every chapter, the widgets and the report in Chromium; BROWSER_SHOTS=DIR keeps the pictures
+test-browser: $(READY) ## the widgets, the report and every chapter in Chromium; BROWSER_CHAPTERS=turns: a few chapters by turns; BROWSER_SHOTS=DIR keeps the screenshots
 	$(BIN)/python -m pytest tests/browser
 
 wheel-check: $(READY) ## build the wheel, install it elsewhere, run the demo there
@@ -66,11 +90,8 @@ lint: $(READY) ## ruff on the tests
 	$(BIN)/ruff check tests
 
 $(BENCH_READY): pyproject.toml
-	@test -n "$(PYTHON)" || { echo "make: no Python 3.10 or newer with venv was found; name one: make bench PYTHON=/path/to/python3"; exit 1; }
 	@echo "Installing ours and its peers into .venv-bench with $(PYTHON): a few minutes and about 6 GB, most of it PyTorch"
-	$(PYTHON) -m venv .venv-bench
-	$(BENCH)/python -m pip install --quiet --upgrade pip
-	$(BENCH)/python -m pip install --quiet --editable ".[bench]"
+	$(call install,.venv-bench,[bench])
 	@touch $(BENCH_READY)
 
 bench: $(BENCH_READY) ## ours against its peers, about two hours on two quiet cores: make bench ARGS="--data my/images"
@@ -84,4 +105,4 @@ bench-quick: $(BENCH_READY) ## does every peer run at all: a few pictures, one e
 clean: ## take away what was built, but not .venv
 	rm -rf dist build out .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo test test-faults test-browser wheel-check lab export readme links save record lint bench bench-quick clean
+.PHONY: help install demo test test-long test-faults test-browser wheel-check lab export readme links save record lint bench bench-quick clean

@@ -701,7 +701,7 @@ def write_blooms(
         for split, label, _ in jobs: (folder / split / SPECIES[label].name).mkdir(parents=True, exist_ok=True)
         rows = in_processes([partial(write_picture, folder, *job, seed, size, domain) for job in jobs], workers)
         rows = list(progress(rows, total=len(jobs), desc="draw blooms"))
-        with open(folder / "truth.csv", "w", newline="") as file: csv.writer(file).writerows([TRUTH, *rows])
+        with open(folder / "truth.csv", "w", newline="", encoding="utf-8") as file: csv.writer(file).writerows([TRUTH, *rows])
         folder.rename(root)
     return root
 

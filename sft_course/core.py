@@ -53,7 +53,7 @@ class Settings:
     fit_image_size: int = _whole(32, 1024)
     profile: str = _one_of("quick", "full")
     seed: int = _whole(0, 2**31 - 1)
-    device: str = _matches("auto, cpu, cuda, or cuda:1 for the second of several GPUs", r"auto|cpu|cuda(:\d+)?")
+    device: str = _matches("auto, cpu, cuda, or cuda:1 for the second GPU", r"auto|cpu|cuda(:\d+)?")
     cache: str = _setting("a folder, or nothing for the user's cache folder")
     cache_gigabytes: float = _setting("a number above 0", lambda v: v > 0)
     blooms_train: int = _whole(2, 100_000)
@@ -75,8 +75,8 @@ class Settings:
         try:
             return Path.home() / ".cache" / "sft_course"
         except RuntimeError:
-            raise SFTError("cache: there is no home folder to keep files in; set SFT_COURSE_CACHE to a folder, "
-                           "or `cache` in settings.ini.") from None
+            raise SFTError("cache: there is no home folder to keep files in; "
+                           "set SFT_COURSE_CACHE to a folder, or `cache` in settings.ini.") from None
 
     def change(self, **given: Any) -> "Settings":
         """These settings, with what is `given` and not None in their place; `size` is short for `fit_image_size`.
@@ -93,7 +93,9 @@ class Settings:
 
 # %% ../nbs/00_concepts.ipynb #0ce2933e
 SECTION, PREFIX = "course", "SFT_COURSE_"
+
 PUBLIC = {"flowers102": "flowers-102", "oxford_pets": "oxford-iiit-pet"}  # data sets that torchvision knows, and its names for their folders
+
 _KEYS = tuple(f.name for f in fields(Settings) if f.metadata)
 
 def settings_file(start: Path | None = None) -> Path | None:
@@ -107,6 +109,7 @@ def settings_file(start: Path | None = None) -> Path | None:
         return None
     return next((f for d in (start, *start.parents) if _is_ours(f := d / "settings.ini")), None)
 
+# %% ../nbs/00_concepts.ipynb #78b65368
 def _is_ours(file: Path) -> bool:
     "Whether `file` is there and has a section of the course; other programs have files of this name, too."
     try:
@@ -118,12 +121,14 @@ def _is_ours(file: Path) -> bool:
         return False
     try:
         return _parsed(text).has_section(SECTION)
-    except configparser.Error:  # a broken file is ours if a line of it says so, and then reading it says what is wrong
+    except configparser.Error:  # broken, and ours if a line says so: then reading it says what is wrong
         return re.search(rf"^\[{SECTION}\]", text, re.MULTILINE) is not None
 
+# %% ../nbs/00_concepts.ipynb #8b654363
 def _parsed(text: str) -> configparser.ConfigParser:
     "The sections of an ini file. [DEFAULT], which nbdev's old files have, is a section like others."
-    ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#", ";"), default_section=None)
+    how = {"interpolation": None, "inline_comment_prefixes": ("#", ";"), "default_section": None}
+    ini = configparser.ConfigParser(**how)
     ini.read_string(text)
     return ini
 
@@ -133,7 +138,8 @@ def _packaged() -> dict[str, tuple[str, str]]:
     checkout = Path(sft_course.__file__).resolve().parent.parent
     for folder in (package, checkout):
         if (folder / "settings.ini").is_file():
-            return _read_ini((folder / "settings.ini").read_bytes(), _shown(folder / "settings.ini"), checkout)
+            file = folder / "settings.ini"
+            return _read_ini(file.read_bytes(), _shown(file), checkout)
     raise SFTError(f"{package}: there is no settings.ini in the package; install sft_course anew.")
 
 # %% ../nbs/00_concepts.ipynb #ac364d99
@@ -146,9 +152,10 @@ def _shown(path) -> str:
     "A path as a person in the working directory would write it."
     try:
         return os.path.relpath(path)
-    except (OSError, TypeError, ValueError):  # the working directory is gone, or another drive; or inside a zip file
+    except (OSError, TypeError, ValueError):  # no working directory, another drive, or inside a zip file
         return str(path)
 
+# %% ../nbs/00_concepts.ipynb #37a5f398
 def _read_ini(content: bytes, name: str, folder: Path) -> dict[str, tuple[str, str]]:
     "{key: (value, where it stands)} of the file `name`; a relative dataset folder is relative to `folder`."
     try:
@@ -161,10 +168,12 @@ def _read_ini(content: bytes, name: str, folder: Path) -> dict[str, tuple[str, s
         out["dataset"] = (str(folder / expanded(data)), where)
     return out
 
+# %% ../nbs/00_concepts.ipynb #d5471cee
 def _arguments(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     "{key: (value, where it stands)} of a function's arguments."
     long = {"size": "fit_image_size"}
-    return {_known(long.get(k, k), "argument"): (v, f"argument {k}") for k, v in given.items() if v is not None}
+    said = {k: v for k, v in given.items() if v is not None}
+    return {_known(long.get(k, k), "argument"): (v, f"argument {k}") for k, v in said.items()}
 
 # %% ../nbs/00_concepts.ipynb #49abf727
 def load_settings(**given) -> Settings:
@@ -179,6 +188,7 @@ def load_settings(**given) -> Settings:
     found |= {_known(k[len(PREFIX):].lower(), f"environment: {k}"): (v, f"environment: {k}") for k, v in env.items()}
     return _checked(found | _arguments(given))
 
+# %% ../nbs/00_concepts.ipynb #94b70fd2
 def _as(kind: type, value: Any) -> Any:
     "A setting's value as its type. 64.5 and True are no whole numbers, though Python would make some of them."
     made = kind(value)
@@ -186,6 +196,7 @@ def _as(kind: type, value: Any) -> Any:
         raise ValueError
     return made
 
+# %% ../nbs/00_concepts.ipynb #f8a8ee35
 def _checked(found: dict[str, tuple[Any, str]]) -> Settings:
     kinds = {f.name: f.type for f in fields(Settings)}
     origin = MappingProxyType({k: where for k, (_, where) in found.items()})
@@ -292,8 +303,10 @@ def seeded(seed: int) -> Iterator[None]:
 
 # %% ../nbs/00_concepts.ipynb #60613db1
 _DTYPE_LOCK = threading.Lock()
+
 _dtypes: list = []  # the default type to put back, once for each open block
 
+# %% ../nbs/00_concepts.ipynb #89616e78
 @contextmanager
 def _float32_by_default() -> Iterator[None]:
     "The default type belongs to the whole process: the first thread sets it, the last one puts back what was there."
@@ -309,11 +322,13 @@ def _float32_by_default() -> Iterator[None]:
             if not _dtypes:
                 torch.set_default_dtype(was)
 
+# %% ../nbs/00_concepts.ipynb #f35af480
 @contextmanager
 def own_torch_state() -> Iterator[None]:
-    """Inside the block torch is as a fresh process has it: float32, gradients, no inference mode, no autocast, new tensors on the processor.
+    """Inside the block torch is as a fresh process has it: float32, gradients, no inference mode, no autocast, new
+    tensors on the processor.
 
-    A decorator, too: `@own_torch_state()`. A generator must not yield inside the block, where its caller would see this state.
+    A decorator, too: `@own_torch_state()`. A generator must not yield inside the block: its caller would see this state.
     """
     import torch
     with ExitStack() as stack:
@@ -369,8 +384,9 @@ def code_key(*functions, settings: Settings | None = None) -> str:
     if settings: h.update(repr([getattr(settings, k) for k in DECISIVE]).encode())
     return h.hexdigest()
 
+# %% ../nbs/00_concepts.ipynb #d22d51f1
 def _outline(node: Any) -> Any:
-    "A syntax tree as lists. What is empty is left out: each Python has other fields that nothing stands in, and `ast.dump` shows them."
+    "A syntax tree as lists, without what is empty: each Python has other empty fields, and `ast.dump` shows them."
     import ast
     if isinstance(node, list): return [_outline(n) for n in node]
     if not isinstance(node, ast.AST): return node
@@ -395,16 +411,19 @@ def recorded(name: str, run: Callable[..., dict], grid: Iterable[dict], uses: tu
     _warn_if_stale(name, grid, key, rows)
     return pd.DataFrame(rows)
 
+# %% ../nbs/00_concepts.ipynb #ff1c966c
 def _runs_folder() -> Path:
     "Where recorded runs lie: in the installed package, or in a checkout."
     here = Path(sft_course.__file__).resolve().parent
     for folder in (here / "runs", here.parent / "nbs" / "runs"):
         if folder.is_dir():
             return folder
-    raise SFTError(f"{here}: there is no folder of recorded runs beside the package; install sft_course unpacked, not as a zip file.")
+    raise SFTError(f"{here}: there is no folder of recorded runs beside the package; "
+                   "install sft_course unpacked, not as a zip file.")
 
 def _same(row: dict, want: dict) -> bool: return all(row.get(k) == v for k, v in want.items())
 
+# %% ../nbs/00_concepts.ipynb #fbc5704b
 def _record(path: Path, run, grid: list[dict], key: str, rows: list[dict]) -> list[dict]:
     import pandas as pd, torch
     rows = [r for r in rows if r["key"] == key and any(_same(r, g) for g in grid)]
@@ -414,6 +433,7 @@ def _record(path: Path, run, grid: list[dict], key: str, rows: list[dict]) -> li
         pd.DataFrame(rows).to_csv(path, index=False)
     return rows
 
+# %% ../nbs/00_concepts.ipynb #5d006f96
 def _warn_if_stale(name: str, grid: list[dict], key: str, rows: list[dict]) -> None:
     missing = [g for g in grid if not any(_same(r, g) for r in rows)]
     changed = sum(r["key"] != key for r in rows)

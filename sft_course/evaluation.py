@@ -68,11 +68,16 @@ def _softmax(z: np.ndarray) -> np.ndarray:
     return e / e.sum(1, keepdims=True)
 
 # %% ../nbs/08_evaluation.ipynb #f25996f2
-def eval_logits(backbone: Backbone, pixels: np.ndarray, size: int, device="cpu") -> torch.Tensor:
-    "Logits (n, classes) of decoded pictures uint8 (n, s, s, 3): the mean over the plain view and its mirror image."
-    views = [plain_view(len(pixels), size / pixels.shape[1], flip) for flip in (False, True)]
-    def seen(v): return lambda rows: look(pixels[rows], v[rows], size, backbone.mean, backbone.std, device)
-    return sum(predict_logits(backbone.model, seen(v), len(pixels), pictures_at_once(device, size)) for v in views) / 2
+def eval_logits(backbone: Backbone, pixels: np.ndarray, size: int, device="cpu", rows: np.ndarray | None = None) -> torch.Tensor:
+    """Logits (n, classes) of decoded pictures uint8 (n, s, s, 3): the mean over the plain view and its mirror image.
+
+    rows: only of these pictures; then `pixels` may be memory-mapped, and no more than a batch of it is in memory."""
+    rows = np.arange(len(pixels)) if rows is None else np.asarray(rows)
+    def logits(flip):
+        theta = plain_view(len(rows), size / pixels.shape[1], flip)
+        def batch(at): return look(pixels[rows[at]], theta[at], size, backbone.mean, backbone.std, device)
+        return predict_logits(backbone.model, batch, len(rows), pictures_at_once(device, size))
+    return (logits(False) + logits(True)) / 2
 
 # %% ../nbs/08_evaluation.ipynb #bc54c996
 def evaluate(backbone: Backbone, pixels: PixelCache, rows: np.ndarray, size: int, classes: Sequence[str] | None = None, device="cpu") -> Evaluation:

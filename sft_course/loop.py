@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'batches', 'predict_logits', 'Score', 'score', 'epoch_seed', 'add_gradients', 'Diverged', 'within_memory',
            'train_epoch', 'average_weights', 'copy_state', 'best_epoch', 'out_of_patience', 'state_by_name',
            'set_state_by_name', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'Fitted', 'Stopped',
-           'stop_signals', 'fit', 'native_bfloat16']
+           'stop_signals', 'fit', 'native_bfloat16', 'plain_loop']
 
 # %% ../nbs/04_loop.ipynb #2dfea5bd
 import math, signal, threading, warnings
@@ -18,8 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import SFTError, progress, seeded, whole_file
-from .backbones import misfits
+from .core import SFTError, load_settings, pick_device, progress, seeded, whole_file
+from .data import PixelCache, look, plain_view, random_view
+from .backbones import Backbone, misfits, new_head, open_backbone
 
 # %% ../nbs/04_loop.ipynb #4f582be7
 def batches(n: int, size: int, seed=None) -> list[np.ndarray]:
@@ -106,9 +107,10 @@ def train_epoch(model: nn.Module, inputs: Callable[[np.ndarray], torch.Tensor], 
 
     `rate(step)` is a factor on every group's own rate, `group["base"]` (at first its `lr`). The losses stay on the device
     until the end. micro: rows at a time; clip: largest norm of the gradient; precision: of autocast; average: an `AveragedModel`.
-    Raises `Diverged` when a loss is not finite: the step that broke it is never part of the weights that are kept.
+    Raises `Diverged` when a loss is not finite; the model then holds the weights with which the epoch began.
     """
     losses, rates, seen, first = [], [], 0, step
+    before = {k: v.detach().clone() for k, v in model.state_dict().items()}
     for rows in order:
         for g in optimizer.param_groups: g["lr"] = g.setdefault("base", g["lr"]) * rate(step)
         def gradients(micro):
@@ -120,7 +122,10 @@ def train_epoch(model: nn.Module, inputs: Callable[[np.ndarray], torch.Tensor], 
         if average is not None: average.update_parameters(model)
         losses.append(loss); rates.append(optimizer.param_groups[-1]["lr"])
         seen, step = seen + len(rows), step + 1
-    return _finite(losses, first, rates) / seen, step
+    try: return _finite(losses, first, rates) / seen, step
+    except Diverged:
+        model.load_state_dict(before)
+        raise
 
 # %% ../nbs/04_loop.ipynb #cc231615
 def average_weights(model: nn.Module, decay: float = .99):
@@ -337,3 +342,39 @@ def native_bfloat16(device: torch.device | str) -> torch.dtype | None:
         asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         has = device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in asked)
     return torch.bfloat16 if has else None
+
+# %% ../nbs/04_loop.ipynb #rs040002
+def plain_loop(data: PixelCache, lr: float, seed: int = 0, epochs: int = 8, size: int = 96) -> tuple[Backbone, list[dict]]:
+    "Train the whole network by SGD with momentum at a constant learning rate: the best epoch's weights, and a row per epoch."
+    train = data.catalog.rows("train")
+    val = data.catalog.rows("val")
+    device = pick_device(load_settings())
+    labels = torch.from_numpy(data.catalog.labels).to(device)
+    net = new_head(open_backbone(), len(data.catalog.classes), seed)
+    net.model.to(device)
+    center = plain_view(len(labels), size / data.pixels.shape[1])
+
+    def images(rows, view):
+        return look(data.pixels[rows], view[rows], size, net.mean, net.std, device)
+
+    optimizer = torch.optim.SGD(net.model.parameters(), lr=lr, momentum=.9)
+    lowest = math.inf
+    history = []
+    for epoch in range(epochs):
+        net.model.train()
+        view = random_view(len(labels), (seed, epoch))
+        hits = 0
+        for rows in batches(len(train), 32, (seed, epoch)):
+            logits = net.model(images(train[rows], view))
+            loss = F.cross_entropy(logits, labels[train[rows]])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            hits += (logits.argmax(1) == labels[train[rows]]).sum().item()
+        now = score(predict_logits(net.model, lambda at: images(val[at], center), len(val)), labels[val])
+        history.append({"train_accuracy": hits / len(train), "val_accuracy": now.accuracy, "val_loss": now.loss})
+        if now.loss < lowest:
+            lowest = now.loss
+            best = copy_state(net.model)
+    net.model.load_state_dict(best)
+    return net, history

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'RULES', 'constant', 'step_decay', 'linear', 'cosine', 'one_cycle', 'warm_up', 'schedule', 'rate_table',
-           'smoothed', 'rate_curve', 'suggest', 'FoundRate', 'find_rate']
+           'smoothed', 'rate_curve', 'suggest', 'FoundRate', 'find_rate', 'scheduled_loop']
 
 # %% ../nbs/07_schedules.ipynb #8b4096e0
 import copy, math, random
@@ -14,9 +14,14 @@ from itertools import count, islice
 from typing import Callable, Iterator, Sequence
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
-from .core import SFTError, seeded
-from .loop import add_gradients, batches, predict_logits, score
+from .core import SFTError, load_settings, pick_device, seeded
+from .data import PixelCache, look, plain_view, random_view
+from .backbones import Backbone, new_head, open_backbone
+from .loop import add_gradients, batches, copy_state, predict_logits, score
+from .freezing import exact_head
+from .unfreezing import first_trainable, freeze_below, training_mode
 
 # %% ../nbs/07_schedules.ipynb #2a21e8e3
 def constant(step: int, steps: int) -> float:
@@ -185,3 +190,46 @@ def find_rate(model: nn.Module, train: tuple, held: tuple | None, optimizer: tor
     "`rate_curve`, then `suggest`; takes and raises what they do. Model, optimiser and random state stay as they are, also on errors."
     rates, losses = rate_curve(model, train, held, optimizer, **how)
     return FoundRate(rates, losses, *suggest(rates, losses, rule))
+
+# %% ../nbs/07_schedules.ipynb #rs070002
+def scheduled_loop(data: PixelCache, lr: float, seed: int = 0, epochs: int = 8, size: int = 96) -> tuple[Backbone, list[dict]]:
+    "Train the upper six stages from the exact head, with warm-up and a cosine: the best epoch's weights, and a row per epoch."
+    train = data.catalog.rows("train")
+    val = data.catalog.rows("val")
+    device = pick_device(load_settings())
+    labels = torch.from_numpy(data.catalog.labels).to(device)
+    net = new_head(open_backbone(), len(data.catalog.classes), seed)
+    net.model.to(device)
+    exact_head(data, net, size)
+    stage = first_trainable(net, 6)
+    freeze_below(net, stage)
+    center = plain_view(len(labels), size / data.pixels.shape[1])
+
+    def images(rows, view):
+        return look(data.pixels[rows], view[rows], size, net.mean, net.std, device)
+
+    optimizer = torch.optim.SGD([p for p in net.model.parameters() if p.requires_grad], lr=lr, momentum=.9)
+    factor = schedule("cosine", epochs * len(batches(len(train), 32)), warmup=.1)
+    step = 0
+    lowest = math.inf
+    history = []
+    for epoch in range(epochs):
+        training_mode(net, stage, batch_stats=False)
+        view = random_view(len(labels), (seed, epoch))
+        hits = 0
+        for rows in batches(len(train), 32, (seed, epoch)):
+            logits = net.model(images(train[rows], view))
+            loss = F.cross_entropy(logits, labels[train[rows]])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.param_groups[0]["lr"] = lr * factor(step)
+            optimizer.step()
+            step += 1
+            hits += (logits.argmax(1) == labels[train[rows]]).sum().item()
+        now = score(predict_logits(net.model, lambda at: images(val[at], center), len(val)), labels[val])
+        history.append({"train_accuracy": hits / len(train), "val_accuracy": now.accuracy, "val_loss": now.loss})
+        if now.loss < lowest:
+            lowest = now.loss
+            best = copy_state(net.model)
+    net.model.load_state_dict(best)
+    return net, history

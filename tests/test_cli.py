@@ -98,7 +98,7 @@ def test_predict_with_something_else_than_an_artifact(cli, tmp_path, stripes):
     assert "not an artifact" in sentence(cli("predict", "stripes", "stripes/waves/00.jpg", cwd=tmp_path))
 
 
-@pytest.mark.parametrize("command", ["", "demo", "fit", "check", "predict", "evaluate", "backbones", "notebooks"])
+@pytest.mark.parametrize("command", ["", "demo", "fit", "check", "predict", "evaluate", "backbones", "notebooks", "cache", "doctor"])
 def test_help_has_an_example(cli, command):
     done = cli(*command.split(), "--help")
     assert done.returncode == 0 and "Usage" in done.stdout and f"sft-course {command or 'fit'}" in done.stdout.split("Example")[1]
@@ -149,8 +149,8 @@ def test_fit_names_what_it_leaves_out_and_goes_on(fitted):
     assert told["n_train"] + told["n_val"] == 40 and told["classes"] == ["stripes", "waves"]
     assert set(told) >= {"accuracy", "head_accuracy", "n_train", "n_val", "classes", "problems", "seconds", "phases", "artifact"}
     assert told["accuracy"] >= .75
-    assert "stripes/broken.jpg" in done.stdout
-    assert (place / "data-model" / "report.html").is_file() and "open data-model/report.html" in done.stdout
+    assert "note: stripes/broken.jpg" in done.stderr
+    assert (place / "data-model" / "report.html").is_file() and "open data-model/report.html" in done.stderr
     assert told["notes"] == [] and told["report"] == "data-model/report.html"
 
 
@@ -162,7 +162,7 @@ def test_predict_after_fit(fitted, cli):
     place, _ = fitted
     done = cli("predict", "data-model", "data/waves/00.jpg", "data/stripes/00.jpg", "--json", cwd=place)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout)["predictions"]
     assert [p["label"] for p in found] == ["waves", "stripes"]
     assert all(abs(sum(p["probabilities"].values()) - 1) < 1e-4 for p in found)
 
@@ -208,7 +208,7 @@ def test_evaluate_matches_classes_by_name(fitted, cli, tmp_path):
     assert told["interval"][0] < told["accuracy"] <= told["interval"][1] == 1 or told["accuracy"] < 1
     stripes, waves = told["per_class"]
     assert (stripes["pictures"], stripes["recall"], waves["pictures"]) == (0, None, 5) and waves["recall"] == told["accuracy"]
-    assert "note: waves/broken.jpg" in done.stdout and "no picture of 'stripes'" in done.stdout
+    assert "note: waves/broken.jpg" in done.stderr and "no image of 'stripes'" in done.stderr
     assert told["report"] == "data-model/report-other.html"
     page = (place / "data-model" / "report-other.html").read_text()
     assert page.startswith("<!doctype html>") and "of 5 test pictures" in page and "broken.jpg" in page
@@ -225,14 +225,14 @@ def test_evaluate_uses_the_split_that_is_there_and_says_when_it_was_learned_from
     assert (ask()["split"], ask()["n"], ask("--split", "all")["n"]) == ("val", 4, 10) and (tmp_path / "r.html").is_file()
     wrong = cli("evaluate", "data-model", tmp_path / "split", "--split", "test", cwd=place)
     assert "no such split here; use val, train or all" in sentence(wrong)
-    assert "was fitted on these very pictures" in cli("evaluate", "data-model", "data", cwd=place).stdout
+    assert "was fitted on these very images" in cli("evaluate", "data-model", "data", cwd=place).stdout
 
 
 def test_evaluate_refuses_classes_that_the_network_does_not_know(fitted, cli, tmp_path):
     place, _ = fitted
     draw(tmp_path / "new", ("Waves", "spots"), n=2)
     line = sentence(cli("evaluate", "data-model", tmp_path / "new", cwd=place))
-    assert "new: 'Waves', 'spots' are unknown to data-model, which knows 'stripes', 'waves' (is 'Waves' 'waves'?)" in line
+    assert "new: 'Waves', 'spots' are unknown" in line and "'stripes', 'waves' (is" in line and "'waves'?)" in line
     assert "not an artifact" in sentence(cli("evaluate", "data", "data", cwd=place))
     assert "there is no such folder" in sentence(cli("evaluate", "data-model", "gone", cwd=place))
     (tmp_path / "file").write_text("x")
@@ -342,7 +342,7 @@ def test_of_many_notes_a_fit_prints_some_and_counts_the_rest(cli, stripes, tmp_p
     for i in range(30):
         (stripes / "waves" / f"{i}.txt").write_text("no picture")
     done = cli("fit", "stripes", *EASY, "--json", cwd=tmp_path)
-    notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
     assert len(notes) == 11 and notes[-1] == "note: … and 20 more; stripes-model/card.json has them all"
     assert len(json.loads(done.stdout.splitlines()[-1])["problems"]) == 30
 

@@ -5,29 +5,104 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import sft_course
+
 REPO = Path(__file__).parent.parent
-ORDER = ["blooms", "core", "data", "backbones", "losses", "loop", "freezing", "unfreezing", "schedules", "evaluation", "recipe",
-         "widgets", "exercises", "cli"]
-MODULES = sorted(p.stem for p in (REPO / "sft_course").glob("*.py") if not p.stem.startswith("_"))
+PACKAGE = REPO / "sft_course"
+
+# The one order of all modules: each imports only modules before it.
+# The drawn data set comes first, the rest in reading order.
+ORDER = ["blooms", "core", "data", "backbones", "losses", "loop", "freezing", "unfreezing", "schedules",
+         "evaluation", "recipe", "ladder", "widgets", "exercises", "cli"]
 
 
-def imported(module):
-    tree = ast.parse((REPO / "sft_course" / f"{module}.py").read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sft_course."):
-            yield node.module.split(".")[1]
+def module_name(file, package=PACKAGE):
+    "The name of a module below the package: `core`, or `tools.cache` where it lies in a folder."
+    return ".".join(file.relative_to(package).with_suffix("").parts)
+
+
+MODULES = sorted(module_name(f) for f in PACKAGE.rglob("*.py") if not f.name.startswith("_"))
+
+
+def imported(module, package=PACKAGE):
+    "The modules of the package that a module imports, anywhere in it and however the import is written."
+    file = package.joinpath(*module.split(".")).with_suffix(".py")
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("sft_course."))
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            origin = origin_of(node, module)
+            names = [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from filter(None, (inside(name, package) for name in names))
 
 
-def test_every_module_has_its_place():
-    assert set(MODULES) <= set(ORDER), set(MODULES) - set(ORDER)
+def origin_of(node, module):
+    "The absolute name of what `from … import` imports from, in a module of the package."
+    here = ["sft_course", *module.split(".")]
+    above = here[:len(here) - node.level] if node.level else []
+    return ".".join([*above, *filter(None, [node.module])])
 
 
-def test_a_module_imports_only_modules_before_it():
-    late = [(m, i) for m in MODULES for i in imported(m) if ORDER.index(i) >= ORDER.index(m)]
-    assert late == []
-    assert any(True for m in MODULES for _ in imported(m))
+def inside(name, package=PACKAGE):
+    "The module that an absolute name belongs to, or None; `sft_course.fine_tune` belongs to `recipe`."
+    first, *parts = name.split(".")
+    if first != "sft_course" or not parts:
+        return None
+    if parts[0] in sft_course._HERE:
+        return sft_course._HERE[parts[0]]
+    while parts and not package.joinpath(*parts).with_suffix(".py").is_file():
+        parts.pop()
+    return ".".join(parts) or None
+
+
+def late(module, order, package=PACKAGE):
+    "What a module imports although it does not stand before it."
+    return sorted({name for name in imported(module, package) if order.index(name) >= order.index(module)})
+
+
+def test_every_module_has_its_place_once():
+    assert sorted(ORDER) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_modules_before_it(module):
+    assert late(module, ORDER) == []
+
+
+def test_what_the_modules_import_is_really_seen():
+    "So that the test above cannot pass by looking away."
+    assert {"blooms"} <= set(imported("core"))
+    assert {"core", "loop"} <= set(imported("schedules"))
+    assert {"core", "data", "evaluation", "recipe"} <= set(imported("cli"))
+
+
+WAYS = ["from .zoo import lion", "from . import zoo", "from sft_course.zoo import lion",
+        "from sft_course import zoo", "import sft_course.zoo", "import sft_course.zoo as z", "from sft_course import fine_tune",
+        "def late():\n    from .zoo import lion"]
+FROM_A_FOLDER = ["from .cache import key", "from . import cache", "from ..tools.cache import key",
+                 "from ..tools import cache", "from sft_course.tools.cache import key", "import sft_course.tools.cache"]
+
+
+@pytest.mark.parametrize("line", WAYS)
+def test_an_import_is_seen_however_it_is_written(line, tmp_path):
+    for name in ("zoo", "recipe"):
+        (tmp_path / f"{name}.py").touch()
+    (tmp_path / "ant.py").write_text(line + "\n")
+    expected = ["recipe"] if "fine_tune" in line else ["zoo"]
+    assert late("ant", ["ant", "recipe", "zoo"], tmp_path) == expected
+    assert late("ant", ["recipe", "zoo", "ant"], tmp_path) == []
+
+
+@pytest.mark.parametrize("line", FROM_A_FOLDER)
+def test_an_import_is_seen_in_a_folder_too(line, tmp_path):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "cache.py").touch()
+    (tmp_path / "tools" / "ant.py").write_text(line + "\n")
+    assert late("tools.ant", ["tools.ant", "tools.cache"], tmp_path) == ["tools.cache"]
 
 
 def test_import_does_not_load_torch_or_matplotlib():
@@ -37,7 +112,6 @@ def test_import_does_not_load_torch_or_matplotlib():
 
 
 def test_names_at_the_top_of_the_package_exist():
-    import sft_course
     for name in sft_course._HERE:
         assert getattr(sft_course, name).__name__ == name
 

@@ -1,0 +1,5 @@
+"`python -m sft_course` is `sft-course`."
+from sft_course.cli import main
+
+if __name__ == "__main__":
+    main()
