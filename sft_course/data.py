@@ -1168,7 +1168,7 @@ def _content(path: Path) -> str:
     with open(path, "rb") as f: head = f.read(1000).lower()
     if not head: return "it is empty"
     text = next((text for sign, text in _SIGNS if sign in head), f"its content is none of {', '.join(FORMATS)}, or damaged at its head")
-    return "it is HEIC, and damaged" if text == HEIC and add_formats() else text
+    return "it is HEIC, damaged or newer than the pillow-heif of sft_course[heic]" if text == HEIC and add_formats() else text
 
 def _why(path: Path, e: Exception) -> tuple[str, str]:
     "(kind, reason) of a picture that could not be read."

@@ -468,11 +468,6 @@ def test_telephones_folders_without_the_extra(tmp_path):
     assert left == "16" and len(said) == 24 and all("sft_course[heic]" in line for line in said)
 
 
-def test_telephones_folders_with_the_extra(tmp_path):
-    pytest.importorskip("pillow_heif")
-    assert [len(decode_once(scan(case(name)), 48, tmp_path).pixels) for name in ("heic", "mixed_heic")] == [4, 40]
-
-
 def test_small_images_of_digits(tmp_path):
     found = inspect(decode_once(scan(case("mnist28")), 48, tmp_path))
     assert Counter(p.kind for p in found)["small"] == 1
