@@ -6,10 +6,10 @@
 __all__ = ['FORMATS', 'PICTURES', 'JUNK', 'TOOLS', 'THUMBNAILS', 'PARTS', 'FILLERS', 'LEFT_OUT', 'SPLIT_COLUMNS', 'FLAGS', 'YES',
            'NO', 'IMAGE_KEYS', 'LABEL_KEYS', 'HEIC', 'KEPT', 'ONES', 'BLANK', 'CROWD', 'Problem', 'printable',
            'Catalog', 'hold_back', 'add_formats', 'split_named', 'require_enough', 'nothing_left', 'require_test',
-           'require_parts', 'require_whole', 'scan', 'open_data', 'read_picture', 'PixelCache', 'decoded_size',
-           'cache_summary', 'clear_cache', 'evict', 'free_memory', 'require_memory', 'difference_hash', 'bits_apart',
-           'close_hashes', 'find_leaks', 'leaks_between_parts', 'inspect', 'describe', 'look', 'plain_view',
-           'random_view', 'turned', 'random_colour', 'recolour', 'channel_stats']
+           'require_parts', 'require_whole', 'scan', 'open_data', 'read_picture', 'PixelCache', 'decode_once',
+           'decoded_size', 'cache_summary', 'clear_cache', 'evict', 'free_memory', 'require_memory', 'difference_hash',
+           'bits_apart', 'close_hashes', 'find_leaks', 'leaks_between_parts', 'inspect', 'describe', 'look',
+           'plain_view', 'random_view', 'turned', 'random_colour', 'recolour', 'channel_stats']
 
 # %% ../nbs/01_data.ipynb #96e67cda
 import csv, errno, hashlib, json, os, re, shutil, stat, tempfile, threading, unicodedata, warnings
@@ -1357,7 +1357,6 @@ def decode_once(catalog: Catalog, size: int, cache_dir: str | Path, to_learn: bo
     if catalog.strict: require_whole(good)
     if to_learn: require_enough(good, catalog)
     elif not len(good): raise nothing_left(good, catalog)
-<<<<<<< /tmp/tmpctnhhn9_/o
     return PixelCache(good, found.pixels, found.folder.name, found.levels, tuple(d for d, r in zip(found.digests, read) if r))
 
 def _deep_note(found: _Decoded) -> tuple[Problem, ...]:
@@ -1365,19 +1364,6 @@ def _deep_note(found: _Decoded) -> tuple[Problem, ...]:
     if not found.levels: return ()
     text = "is one of {} images of more than 256 greys: {:g} became black and {:g} white, in all of them alike."
     return (_problem(found.deep[0], "deep greys", text.format(len(found.deep), *found.levels)),)
-=======
-    return PixelCache(good, found[1], key)
->>>>>>> /tmp/tmpctnhhn9_/t
-
-# %% ../nbs/01_data.ipynb #c0ce0bd7
-def _cached(folder: Path, n: int, size: int, passing: bool = False) -> tuple[tuple[Problem, ...], np.ndarray] | None:
-    "What `_decode` wrote; None where there is nothing, or it is damaged, or, unless `passing`, holds findings that may have passed."
-    try:
-        said = json.loads((folder / "left_out.json").read_text())
-        bad, pixels = tuple(Problem(**p) for p in said["problems"]), np.load(folder / "pixels.npy", mmap_mode="r")
-    except (OSError, EOFError, ValueError, KeyError, TypeError): return None
-    right = pixels.shape == (n - len(bad), size, size, 3) and pixels.dtype == np.uint8
-    return (bad, pixels) if right and (passing or not said["passing"]) else None
 
 # %% ../nbs/01_data.ipynb #d1c0de15
 def _found(asked: _Asked, place: Path) -> _Decoded | None:
