@@ -165,7 +165,7 @@ import copy
 from importlib import import_module
 from torch import nn
 from .core import expanded, own_torch_state
-from .data import PixelCache, leaks_between_parts, open_data, printable, require_memory
+from .data import PixelCache, leaks_between_parts, require_test, open_data, printable, require_memory
 from .backbones import Stage, account, as_backbone, fitting_size, load_weights
 from .loop import save_checkpoint
 from .freezing import weights_key
@@ -186,15 +186,12 @@ def _network_for(backbone: str | Backbone | nn.Module, weights: str | Path | Non
     return replace(own, weights=str(weights), loaded=load_weights(own.model, weights, own.stages[-1].modules[-1]))
 
 # %% ../nbs/09_recipe.ipynb #013f87d1
-def _require_parts(left: Catalog, before: Catalog) -> None:
-    "Raise `SFTError` unless images are left in each part; `before` is the catalog before files were left out."
-    names = {"train": "training", "val": "validation", "test": "test"}
-    for part, name in names.items():
-        if len(left.rows(part)):
-            continue
-        lost = [before.files[i] for i in before.rows(part)]
-        why = f"none of the {len(lost)} {name} images can be read, the first is {printable(lost[0])}" if lost else f"there are no {name} images"
-        raise SFTError(f"{printable(left.root)}: {why}; give some that can be read, or none of that part for a share of the others to take its place.")
+def _require_parts(catalog: Catalog) -> None:
+    "Raise `SFTError` unless there are images in each part."
+    require_test(catalog)
+    for part, name in {"train": "training", "val": "validation"}.items():
+        if not len(catalog.rows(part)):
+            raise SFTError(f"{printable(catalog.root)}: there are no {name} images; give some of that part.")
 
 # %% ../nbs/09_recipe.ipynb #c5a7271a
 class _ToCsv:
@@ -319,6 +316,7 @@ class FineTuner:
         self.seed = self.settings.seed
         self.out = _folder(out)
         self.keep_checkpoint = keep_checkpoint
+        self.mine = False  # whether what lies in `out` was written by this tuner, or by the run that it resumes
         self.watch = _watcher(watch, self.out)
         self.say = say
         self.started = time.perf_counter()
@@ -340,12 +338,11 @@ class FineTuner:
         self.size, why = fitting_size(self.backbone, self.settings.fit_image_size, asked)
         if why:
             self.note(why)
-        _require_parts(catalog, catalog)
+        _require_parts(catalog)
         side = decoded_size(self.size, self.backbone.crop)
         require_memory(1, self.size, _bytes_of_one(self.backbone, self.size), _free_on(self.device))
         self.pixels = decode_once(catalog, side, self.cache)
         left = self.pixels.catalog
-        _require_parts(left, catalog)
         copies = tuple(leaks_between_parts(left))
         if copies:
             self.tell(f"{len(copies)} images lie in two parts, so the accuracy is too high; the first: {copies[0].message}")
@@ -625,9 +622,17 @@ def run_phases(tuner: FineTuner, *phases: Phase, resume: bool = False) -> Result
     with claimed(tuner.out):
         if resume and (result := _ended(tuner, phases)):
             return result
+        _take_folder(tuner, resume)
         with _watched(tuner):
             _run_all(tuner, phases, resume)
             return _finish(tuner)
+
+def _take_folder(tuner: FineTuner, resume: bool) -> None:
+    "Raise `SFTError`, before anything is trained, where the artifact would replace what another run or a person made."
+    own = tuner.mine or resume and (tuner.out / "last.ckpt").exists() if tuner.out else True
+    if not own:
+        require_free(tuner.out)
+    tuner.mine = True
 
 def _run_all(tuner: FineTuner, phases: tuple[Phase, ...], resume: bool) -> None:
     "The phases in order, or those that are left; none that could not be clearly better than the head."
@@ -680,7 +685,7 @@ def _finish(tuner: FineTuner) -> Result:
     def seen(rows, logits):
         return Evaluation(tuple(tuner.catalog.classes), [tuner.catalog.files[i] for i in rows], tuner.catalog.labels[rows], logits.float().cpu().numpy())
     result = Result(tuner.chosen, _card(tuner, chosen, test), list(tuner.history), seen(tuner.test, logits),
-                    seen(tuner.val, chosen.logits), tuner.pixels.pixels[tuner.test])
+                    seen(tuner.val, chosen.logits), tuner.pixels.pixels[tuner.test], folder=tuner.out)
     tuner.tell(f"{_reason(tuner, chosen)}; accuracy {test.accuracy:.3f} on {test.n} test images")
     if tuner.out:
         save_artifact(result, tuner.out)
