@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GREEN', 'ORANGE', 'GREY', 'REACH', 'FROZEN', 'TRAINED', 'ORDERS', 'Drawing', 'draw_logits', 'logits_widget',
            'draw_stages', 'stage_explorer', 'draw_schedule', 'schedule_explorer', 'sift', 'draw_pictures', 'browse',
-           'draw_history', 'LiveCurve']
+           'draw_history', 'LiveCurve', 'show_diff']
 
 # %% ../nbs/a2_widgets.ipynb #209de5be
-import base64, html, math
+import base64, difflib, html, inspect, math
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -450,3 +450,11 @@ class LiveCurve:
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         return self.drawing._repr_mimebundle_()
+
+# %% ../nbs/a2_widgets.ipynb #sd000002
+def show_diff(old: Callable, new: Callable) -> str:
+    "The lines that differ between two functions, with their neighbours: minus was, plus is."
+    a, b = (inspect.getsource(f).splitlines() for f in (old, new))
+    start = 2  # the name and the sentence below it differ always
+    lines = list(difflib.unified_diff(a[start:], b[start:], lineterm="", n=1))[2:]
+    return "\n".join("" if line.startswith("@@") else line for line in lines).strip("\n")

@@ -15,7 +15,7 @@ PACKAGE = REPO / "sft_course"
 # The one order of all modules: each imports only modules before it.
 # The drawn data set comes first, the rest in reading order.
 ORDER = ["blooms", "core", "data", "backbones", "losses", "loop", "freezing", "unfreezing", "schedules",
-         "evaluation", "recipe", "ladder", "widgets", "exercises", "cli"]
+         "evaluation", "recipe", "widgets", "exercises", "cli"]
 
 
 def module_name(file, package=PACKAGE):
