@@ -301,7 +301,7 @@ def scan(root: str | Path, seed: int = 0, test_share: float = .2, val_share: flo
     return _divide(found, seed, test_share, val_share) if divide else found
 
 # %% ../nbs/01_data.ipynb #d1c0de01
-import functools, sys, time
+import functools, time
 from contextlib import suppress
 from typing import Any, BinaryIO, Callable, Iterable, Sequence
 from PIL import ImageFile
