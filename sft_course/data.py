@@ -1081,7 +1081,7 @@ def open_data(data: Any, seed: int = 0, cache_dir: str | Path | None = None, val
     return _divide(found, seed, .2, .2, "val" in further)
 
 # %% ../nbs/01_data.ipynb #d1c0de01
-import functools, sys, time
+import functools, time
 from contextlib import suppress
 from typing import Any, BinaryIO, Callable, Iterable, Sequence
 from PIL import ImageFile

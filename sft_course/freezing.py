@@ -186,7 +186,7 @@ def pictures_at_once(device, size: int) -> int:
     return min(64, max(4, round(150_000 / size ** 2))) if torch.device(device).type == "cpu" else 64
 
 # %% ../nbs/05_frozen_head.ipynb #d1c0de50
-import functools, json, types
+import functools, types
 from dataclasses import replace
 from .data import evict, free_memory
 
