@@ -168,7 +168,7 @@ from .core import expanded, own_torch_state
 from .data import PixelCache, leaks_between_parts, open_data, printable, require_memory
 from .backbones import Stage, account, as_backbone, fitting_size, load_weights
 from .loop import save_checkpoint
-from .freezing import weights_key
+from .freezing import Recomputed, weights_key
 
 # %% ../nbs/09_recipe.ipynb #402af6cc
 def _network_for(backbone: str | Backbone | nn.Module, weights: str | Path | None, settings: Settings) -> Backbone:
@@ -186,15 +186,11 @@ def _network_for(backbone: str | Backbone | nn.Module, weights: str | Path | Non
     return replace(own, weights=str(weights), loaded=load_weights(own.model, weights, own.stages[-1].modules[-1]))
 
 # %% ../nbs/09_recipe.ipynb #013f87d1
-def _require_parts(left: Catalog, before: Catalog) -> None:
-    "Raise `SFTError` unless images are left in each part; `before` is the catalog before files were left out."
-    names = {"train": "training", "val": "validation", "test": "test"}
-    for part, name in names.items():
-        if len(left.rows(part)):
-            continue
-        lost = [before.files[i] for i in before.rows(part)]
-        why = f"none of the {len(lost)} {name} images can be read, the first is {printable(lost[0])}" if lost else f"there are no {name} images"
-        raise SFTError(f"{printable(left.root)}: {why}; give some that can be read, or none of that part for a share of the others to take its place.")
+def _require_parts(catalog: Catalog) -> None:
+    "Raise `SFTError` unless there are images of each part; those that cannot be read are found when they are decoded."
+    for part, name in {"train": "training", "val": "validation", "test": "test"}.items():
+        if not len(catalog.rows(part)):
+            raise SFTError(f"{printable(catalog.root)}: there are no {name} images; add some, or let `scan` divide the images.")
 
 # %% ../nbs/09_recipe.ipynb #c5a7271a
 class _ToCsv:
@@ -324,10 +320,12 @@ class FineTuner:
         self.started = time.perf_counter()
         self.device = pick_device(self.settings)
         self.cache = self.settings.cache_dir
+        self.budget = self.settings.cache_gigabytes * 1e9  # bytes
         self.history, self.done, self.notes = [], [], []
         self.title = ""  # of the phase that runs, for the progress bars
         self.head = self.start = self.tuned = None  # the head as a candidate; the weights that tuning starts from; the best tuned ones
         self.chosen = None  # the network of the last result
+        self.began = False  # whether what lies in `out` is from this run
         catalog = open_data(data, self.seed, self.cache, val=val, test=test)
         self.backbone = _network_for(backbone, weights, self.settings)
         self.tell(self.backbone.loaded)
@@ -340,12 +338,11 @@ class FineTuner:
         self.size, why = fitting_size(self.backbone, self.settings.fit_image_size, asked)
         if why:
             self.note(why)
-        _require_parts(catalog, catalog)
+        _require_parts(catalog)
         side = decoded_size(self.size, self.backbone.crop)
         require_memory(1, self.size, _bytes_of_one(self.backbone, self.size), _free_on(self.device))
-        self.pixels = decode_once(catalog, side, self.cache)
+        self.pixels = decode_once(catalog, side, self.cache, budget_bytes=self.budget)
         left = self.pixels.catalog
-        _require_parts(left, catalog)
         copies = tuple(leaks_between_parts(left))
         if copies:
             self.tell(f"{len(copies)} images lie in two parts, so the accuracy is too high; the first: {copies[0].message}")
@@ -395,8 +392,22 @@ def run_phase(tuner: FineTuner, phase: Phase) -> FineTuner:
     """Run one phase from the weights at hand; the model then holds the best of its epochs. Raises `Diverged` where the loss is not
     finite and there is nothing to fall back on."""
     tuner.title = f"phase {len(tuner.done) + 1}, {_name(phase)}"
-    with claimed(tuner.out): _run_phase(tuner, phase, False, {})
+    with claimed(tuner.out):
+        _require_place(tuner)
+        _run_phase(tuner, phase, False, {})
     return tuner
+
+def _require_place(tuner: FineTuner, resume: bool = False) -> None:
+    "Raise `SFTError` where files of another run, or of a person, would be replaced: before the training, not after it."
+    if tuner.out is None or tuner.began:
+        return
+    checkpoint = tuner.out / "last.ckpt"
+    if not (resume and checkpoint.exists()):
+        require_free(tuner.out)
+        if checkpoint.exists():
+            raise SFTError(f"{checkpoint}: an unfinished run lies there; go on with it by resume=True, or give another folder, "
+                           f"such as {free_name(tuner.out)}.")
+    tuner.began = True
 
 def _run_phase(tuner: FineTuner, phase: Phase, resume: bool, plan: dict) -> None:
     "resume: go on in the middle of it, from `last.ckpt`."
@@ -462,6 +473,9 @@ def _fit_head(tuner: FineTuner, phase: Phase) -> dict:
     "Choose a head by cross-validation on the training images, fit it without and with the validation images, put it on the network; its row."
     lower, y, k = fold_for(stage_features(tuner.backbone), tuner.size), tuner.labels, len(tuner.catalog.classes)
     kept = [_features(tuner, lower, v) for v in (0, 1)]
+    if isinstance(kept[0], Recomputed):
+        tuner.note(f"neither cache_gigabytes = {tuner.settings.cache_gigabytes} nor memory has room for what the head sees; "
+                   "it is computed anew whenever it is needed, which takes long")
     choice = choose_head([Rows([f], tuner.train) for f in kept], lower.last, y[tuner.train], k, seed=tuner.seed)
     every = {"last": False, "every": True}.get(phase.looks_at, choice.every_stage)
     def fit(rows, every):
@@ -481,7 +495,7 @@ def _features(tuner: FineTuner, lower: nn.Module, view: int) -> np.ndarray:
     "What the head sees of all images in one view, kept as long as there is room for it."
     everything = np.arange(len(tuner.catalog))
     return activations(lower, tuner.backbone, tuner.pixels, tuner.view(view), tuner.size, tuner.cache, everything, tuner.device,
-                       f"{tuner.title}: view {view + 1} of 2", budget_bytes=int(tuner.settings.cache_gigabytes * 1e9))
+                       f"{tuner.title}: view {view + 1} of 2", budget_bytes=tuner.budget, views=2)
 
 # %% ../nbs/09_recipe.ipynb #3bab7f0c
 def _decay(choice: HeadChoice, every: bool) -> float:
@@ -502,7 +516,7 @@ def _source(tuner: FineTuner, phase: Phase, lower, rows: np.ndarray, fixed: tupl
     numbers = fixed or range(phase.views)
     if phase.views and not isinstance(lower, torch.nn.Identity) and _fits(tuner, lower, len(rows) * len(numbers)):
         kept = [activations(lower, tuner.backbone, tuner.pixels, tuner.view(v), tuner.size, tuner.cache, rows, tuner.device,
-                            f"{tuner.title}: view {v + 1}") for v in numbers]
+                            f"{tuner.title}: view {v + 1}", budget_bytes=tuner.budget, views=len(numbers)) for v in numbers]
         def gather(which, at): return torch.from_numpy(np.stack([kept[v][i] for v, i in zip(which[at], at)])).to(tuner.device).float()
         return lambda e: (lambda at, which=_drawn(tuner, phase, e, len(rows), fixed): gather(which, at))
     def fresh(e):
@@ -530,13 +544,15 @@ def _views(tuner: FineTuner, phase: Phase, epoch: int, rows: np.ndarray, fixed: 
     numbers = np.stack([tuner.view(v)[rows] for v in fixed or range(phase.views)])
     return numbers[_drawn(tuner, phase, epoch, len(rows), fixed), np.arange(len(rows))]
 
-def _fits(tuner: FineTuner, lower, pictures: int) -> bool:
+def _fits(tuner: FineTuner, lower, images: int) -> bool:
+    "Whether the cache has room for the activations of so many images, beside the images themselves."
     one = lower.eval()(torch.zeros(1, 3, tuner.size, tuner.size, device=tuner.device))
-    gigabytes = one.numel() * 2 * pictures / 1e9
-    if gigabytes > tuner.settings.cache_gigabytes:
-        tuner.note(f"activations would take {gigabytes:.1f} GB, more than cache_gigabytes = {tuner.settings.cache_gigabytes}; "
-                   "they are computed anew in every epoch")
-    return gigabytes <= tuner.settings.cache_gigabytes
+    need = one.numel() * 2 * images
+    if need + tuner.pixels.pixels.nbytes <= tuner.budget:
+        return True
+    tuner.note(f"activations would take {need / 1e9:.1f} GB, more than cache_gigabytes = {tuner.settings.cache_gigabytes} leaves; "
+               "they are computed anew in every epoch")
+    return False
 
 # %% ../nbs/09_recipe.ipynb #1cd83966
 def _train(tuner: FineTuner, phase: Phase, resume: bool, run: dict) -> None:
@@ -625,6 +641,7 @@ def run_phases(tuner: FineTuner, *phases: Phase, resume: bool = False) -> Result
     with claimed(tuner.out):
         if resume and (result := _ended(tuner, phases)):
             return result
+        _require_place(tuner, resume)
         with _watched(tuner):
             _run_all(tuner, phases, resume)
             return _finish(tuner)
@@ -680,7 +697,7 @@ def _finish(tuner: FineTuner) -> Result:
     def seen(rows, logits):
         return Evaluation(tuple(tuner.catalog.classes), [tuner.catalog.files[i] for i in rows], tuner.catalog.labels[rows], logits.float().cpu().numpy())
     result = Result(tuner.chosen, _card(tuner, chosen, test), list(tuner.history), seen(tuner.test, logits),
-                    seen(tuner.val, chosen.logits), tuner.pixels.pixels[tuner.test])
+                    seen(tuner.val, chosen.logits), tuner.pixels.pixels[tuner.test], folder=tuner.out)
     tuner.tell(f"{_reason(tuner, chosen)}; accuracy {test.accuracy:.3f} on {test.n} test images")
     if tuner.out:
         save_artifact(result, tuner.out)
