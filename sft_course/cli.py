@@ -102,7 +102,7 @@ def _say(text: str) -> None:
     except OSError: pass
 
 # %% ../nbs/a4_cli.ipynb #46ef492e
-_WRITTEN = ("model.safetensors", "history.csv", "report.html", "card.json", "last.ckpt", ".lock")
+_WRITTEN = ("model.safetensors", "history.csv", "report.html", "card.json", "last.ckpt", "tensorboard", ".lock")
 
 def _holds(out: Path) -> str:
     "What lies at `out`: nothing, an unfinished run, a model, or something other that is not ours."
@@ -123,7 +123,7 @@ def _place(out: Path, resume: bool = False) -> Path:
     "`out`, if a run may write there."
     held, other = _holds(out), "give another folder with --out."
     if held == "other": raise SFTError(f"{out}: this exists and is no artifact; {other}")
-    if held == "model": raise SFTError(f"{out}: a model lies there, and it is not replaced; {other}")
+    if held == "model" and not resume: raise SFTError(f"{out}: a model lies there, and it is not replaced; {other}")
     if held == "unfinished" and not resume:
         raise SFTError(f"{out}: an unfinished run lies there; go on with it by --resume, or {other}")
     if held == "nothing" and resume:

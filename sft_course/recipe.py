@@ -168,7 +168,7 @@ from .core import expanded, own_torch_state
 from .data import PixelCache, leaks_between_parts, require_test, open_data, printable, require_memory
 from .backbones import Stage, account, as_backbone, fitting_size, load_weights
 from .loop import save_checkpoint
-from .freezing import weights_key
+from .freezing import Recomputed, weights_key
 
 # %% ../nbs/09_recipe.ipynb #402af6cc
 def _network_for(backbone: str | Backbone | nn.Module, weights: str | Path | None, settings: Settings) -> Backbone:
@@ -316,16 +316,17 @@ class FineTuner:
         self.seed = self.settings.seed
         self.out = _folder(out)
         self.keep_checkpoint = keep_checkpoint
-        self.mine = False  # whether what lies in `out` was written by this tuner, or by the run that it resumes
         self.watch = _watcher(watch, self.out)
         self.say = say
         self.started = time.perf_counter()
         self.device = pick_device(self.settings)
         self.cache = self.settings.cache_dir
+        self.budget = self.settings.cache_gigabytes * 1e9  # bytes
         self.history, self.done, self.notes = [], [], []
         self.title = ""  # of the phase that runs, for the progress bars
         self.head = self.start = self.tuned = None  # the head as a candidate; the weights that tuning starts from; the best tuned ones
         self.chosen = None  # the network of the last result
+        self.began = False  # whether what lies in `out` is from this run
         catalog = open_data(data, self.seed, self.cache, val=val, test=test)
         self.backbone = _network_for(backbone, weights, self.settings)
         self.tell(self.backbone.loaded)
@@ -341,7 +342,7 @@ class FineTuner:
         _require_parts(catalog)
         side = decoded_size(self.size, self.backbone.crop)
         require_memory(1, self.size, _bytes_of_one(self.backbone, self.size), _free_on(self.device))
-        self.pixels = decode_once(catalog, side, self.cache)
+        self.pixels = decode_once(catalog, side, self.cache, budget_bytes=self.budget)
         left = self.pixels.catalog
         copies = tuple(leaks_between_parts(left))
         if copies:
@@ -392,8 +393,22 @@ def run_phase(tuner: FineTuner, phase: Phase) -> FineTuner:
     """Run one phase from the weights at hand; the model then holds the best of its epochs. Raises `Diverged` where the loss is not
     finite and there is nothing to fall back on."""
     tuner.title = f"phase {len(tuner.done) + 1}, {_name(phase)}"
-    with claimed(tuner.out): _run_phase(tuner, phase, False, {})
+    with claimed(tuner.out):
+        _require_place(tuner)
+        _run_phase(tuner, phase, False, {})
     return tuner
+
+def _require_place(tuner: FineTuner, resume: bool = False) -> None:
+    "Raise `SFTError` where files of another run, or of a person, would be replaced: before the training, not after it."
+    if tuner.out is None or tuner.began:
+        return
+    checkpoint = tuner.out / "last.ckpt"
+    if not (resume and checkpoint.exists()):
+        require_free(tuner.out)
+        if checkpoint.exists():
+            raise SFTError(f"{checkpoint}: an unfinished run lies there; go on with it by resume=True, or give another folder, "
+                           f"such as {free_name(tuner.out)}.")
+    tuner.began = True
 
 def _run_phase(tuner: FineTuner, phase: Phase, resume: bool, plan: dict) -> None:
     "resume: go on in the middle of it, from `last.ckpt`."
@@ -459,6 +474,9 @@ def _fit_head(tuner: FineTuner, phase: Phase) -> dict:
     "Choose a head by cross-validation on the training images, fit it without and with the validation images, put it on the network; its row."
     lower, y, k = fold_for(stage_features(tuner.backbone), tuner.size), tuner.labels, len(tuner.catalog.classes)
     kept = [_features(tuner, lower, v) for v in (0, 1)]
+    if isinstance(kept[0], Recomputed):
+        tuner.note(f"neither cache_gigabytes = {tuner.settings.cache_gigabytes} nor memory has room for what the head sees; "
+                   "it is computed anew whenever it is needed, which takes long")
     choice = choose_head([Rows([f], tuner.train) for f in kept], lower.last, y[tuner.train], k, seed=tuner.seed)
     every = {"last": False, "every": True}.get(phase.looks_at, choice.every_stage)
     def fit(rows, every):
@@ -478,7 +496,7 @@ def _features(tuner: FineTuner, lower: nn.Module, view: int) -> np.ndarray:
     "What the head sees of all images in one view, kept as long as there is room for it."
     everything = np.arange(len(tuner.catalog))
     return activations(lower, tuner.backbone, tuner.pixels, tuner.view(view), tuner.size, tuner.cache, everything, tuner.device,
-                       f"{tuner.title}: view {view + 1} of 2", budget_bytes=int(tuner.settings.cache_gigabytes * 1e9))
+                       f"{tuner.title}: view {view + 1} of 2", budget_bytes=tuner.budget, views=2)
 
 # %% ../nbs/09_recipe.ipynb #3bab7f0c
 def _decay(choice: HeadChoice, every: bool) -> float:
@@ -499,7 +517,7 @@ def _source(tuner: FineTuner, phase: Phase, lower, rows: np.ndarray, fixed: tupl
     numbers = fixed or range(phase.views)
     if phase.views and not isinstance(lower, torch.nn.Identity) and _fits(tuner, lower, len(rows) * len(numbers)):
         kept = [activations(lower, tuner.backbone, tuner.pixels, tuner.view(v), tuner.size, tuner.cache, rows, tuner.device,
-                            f"{tuner.title}: view {v + 1}") for v in numbers]
+                            f"{tuner.title}: view {v + 1}", budget_bytes=tuner.budget, views=len(numbers)) for v in numbers]
         def gather(which, at): return torch.from_numpy(np.stack([kept[v][i] for v, i in zip(which[at], at)])).to(tuner.device).float()
         return lambda e: (lambda at, which=_drawn(tuner, phase, e, len(rows), fixed): gather(which, at))
     def fresh(e):
@@ -527,13 +545,15 @@ def _views(tuner: FineTuner, phase: Phase, epoch: int, rows: np.ndarray, fixed: 
     numbers = np.stack([tuner.view(v)[rows] for v in fixed or range(phase.views)])
     return numbers[_drawn(tuner, phase, epoch, len(rows), fixed), np.arange(len(rows))]
 
-def _fits(tuner: FineTuner, lower, pictures: int) -> bool:
+def _fits(tuner: FineTuner, lower, images: int) -> bool:
+    "Whether the cache has room for the activations of so many images, beside the images themselves."
     one = lower.eval()(torch.zeros(1, 3, tuner.size, tuner.size, device=tuner.device))
-    gigabytes = one.numel() * 2 * pictures / 1e9
-    if gigabytes > tuner.settings.cache_gigabytes:
-        tuner.note(f"activations would take {gigabytes:.1f} GB, more than cache_gigabytes = {tuner.settings.cache_gigabytes}; "
-                   "they are computed anew in every epoch")
-    return gigabytes <= tuner.settings.cache_gigabytes
+    need = one.numel() * 2 * images
+    if need + tuner.pixels.pixels.nbytes <= tuner.budget:
+        return True
+    tuner.note(f"activations would take {need / 1e9:.1f} GB, more than cache_gigabytes = {tuner.settings.cache_gigabytes} leaves; "
+               "they are computed anew in every epoch")
+    return False
 
 # %% ../nbs/09_recipe.ipynb #1cd83966
 def _train(tuner: FineTuner, phase: Phase, resume: bool, run: dict) -> None:
@@ -622,17 +642,10 @@ def run_phases(tuner: FineTuner, *phases: Phase, resume: bool = False) -> Result
     with claimed(tuner.out):
         if resume and (result := _ended(tuner, phases)):
             return result
-        _take_folder(tuner, resume)
+        _require_place(tuner, resume)
         with _watched(tuner):
             _run_all(tuner, phases, resume)
             return _finish(tuner)
-
-def _take_folder(tuner: FineTuner, resume: bool) -> None:
-    "Raise `SFTError`, before anything is trained, where the artifact would replace what another run or a person made."
-    own = tuner.mine or resume and (tuner.out / "last.ckpt").exists() if tuner.out else True
-    if not own:
-        require_free(tuner.out)
-    tuner.mine = True
 
 def _run_all(tuner: FineTuner, phases: tuple[Phase, ...], resume: bool) -> None:
     "The phases in order, or those that are left; none that could not be clearly better than the head."

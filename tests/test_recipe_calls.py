@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import draw
 
-from sft_course import FineTuner, Phase, fine_tune, load_settings
+from sft_course import FineTuner, Phase, fine_tune, load_artifact, load_settings
 from sft_course.backbones import Backbone, open_backbone
 from sft_course.core import SFTError
 from sft_course.data import scan
@@ -146,7 +146,7 @@ def test_a_part_without_images_is_said_before_training(tmp_path, part):
         (tmp_path / part / c).mkdir(parents=True)
         for i in range(3):
             (tmp_path / part / c / f"{i}.jpg").write_bytes(b"\xff\xd8\xff" + bytes(50))
-    with pytest.raises(SFTError, match=f"none of the 6 {part} images can be read: {part}/"):
+    with pytest.raises(SFTError, match=f"none of the 6 {part} images can be read"):
         fine_tune(tmp_path, NETWORK, **SMALL)
 
 
@@ -287,6 +287,40 @@ def test_a_run_that_has_ended_is_not_run_again(hard, tmp_path, monkeypatch, keep
     for other in ({"seed": 3}, {"size": 96}, {"phases": (HEAD,)}):
         with pytest.raises(SFTError, match="that ended there had other"):
             fine_tune(hard, NETWORK, tmp_path / "a", resume=True, **(how | other))
+
+
+def test_the_command_with_resume_gives_back_what_has_ended(cli, stripes, tmp_path):
+    command = ("fit", "stripes", "--image-size", "64", "--train", "head", "--out", "model")
+    cli(*command, cwd=tmp_path)
+    before = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
+    again = cli(*command, "--resume", cwd=tmp_path)
+    assert again.returncode == 0 and "has ended already" in again.stderr
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_what_somebody_else_made_is_not_replaced_and_that_is_said_before_training(hard, tmp_path, monkeypatch):
+    import sft_course.recipe as recipe
+    phases = HEAD, Phase(2, epochs=1, views=1)
+    fine_tune(hard, NETWORK, tmp_path / "model", phases=phases, **SMALL)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "report.html").write_text("my report")
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "last.ckpt").write_bytes(b"of a run that was stopped")
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file() and f.name != ".lock"}
+    monkeypatch.setattr(recipe, "_fit_head", lambda *_: pytest.fail("it began to train"))
+    for name, says in (("model", "would be replaced"), ("mine", "report.html: this is there already"), ("stopped", "an unfinished run lies there")):
+        with pytest.raises(SFTError, match=says):
+            fine_tune(hard, NETWORK, tmp_path / name, phases=phases, **SMALL)
+        with pytest.raises(SFTError, match=says):
+            FineTuner(hard, NETWORK, tmp_path / name, **SMALL).step(HEAD)
+    assert before == {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file() and f.name != ".lock"}
+
+
+def test_a_tuner_may_replace_what_it_made_itself(hard, tmp_path):
+    tuner = FineTuner(hard, NETWORK, tmp_path / "a", watch="csv", **SMALL)
+    tuner.run(HEAD)
+    second = tuner.run(Phase(2, epochs=1, views=1))
+    assert load_artifact(tmp_path / "a").card["phases"] == second.card["phases"] and len(second.card["phases"]) == 2
 
 
 # ---- who looks on
