@@ -60,7 +60,7 @@ def test_only_text_files_named_jpg(cli, tmp_path):
         (tmp_path / "lies" / c).mkdir(parents=True)
         for i in range(3):
             (tmp_path / "lies" / c / f"{i}.jpg").write_text("no picture")
-    assert "could not be read, the first is a/" in sentence(cli("fit", "lies", cwd=tmp_path))
+    assert "none of the images can be read (6 .jpg): a/" in sentence(cli("fit", "lies", cwd=tmp_path))
 
 
 def test_a_split_with_an_unknown_class(cli, tmp_path):

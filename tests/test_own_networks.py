@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sft_course import backbones
-from sft_course.backbones import as_backbone, account, cut_into_stages, fitting_size, load_weights, new_head, open_backbone
+from sft_course.backbones import account, as_backbone, cut_into_stages, fitting_size, load_weights, new_head, open_backbone
 from sft_course.core import SFTError
 
 KIND = "resnet10t"
@@ -56,7 +56,8 @@ def forms(net):
         "timm.pth.tar": ({"epoch": 3, "arch": KIND, "state_dict": sd, "args": args, "metric": 1.}, "from 'state_dict'"),
         "settings.pth": ({"model": sd, "cfg": CfgNode()}, "from 'model'"),
         "parallel.pth": (before("module.", sd), "without the prefix 'module.'"),
-        "lightning.ckpt": ({"state_dict": before("model.", sd) | {"loss.weight": torch.ones(3)}, "epoch": 1}, "(from 'state_dict', without the prefix 'model.')"),
+        "lightning.ckpt": ({"state_dict": before("model.", sd) | {"loss.weight": torch.ones(3)}, "epoch": 1},
+                           "(from 'state_dict', without the prefix 'model.')"),
         "compiled.pth": (before("_orig_mod.module.", sd), "without the prefix '_orig_mod.module.'"),
         "inside.pth": (before("backbone.", {k: v for k, v in sd.items() if k[:2] != "fc"}) | {"decode.weight": torch.ones(2, 2)}, "it holds no head"),
         "average.pth": ({"state_dict": random_state(), "state_dict_ema": sd}, "from 'state_dict_ema'"),

@@ -149,7 +149,8 @@ def test_an_error_names_every_fault_of_a_missing_folder(tmp_path):
 
 GOOD = {"plain": (18, 6, 6), "bom": (18, 6, 6), "backslash": (18, 6, 6), "crlf_trailing": (18, 6, 6), "dup_rows": (18, 6, 6), "dup_spelling": (18, 6, 6),
         "index_col": (18, 6, 6), "numeric_float": (18, 6, 6), "oldmac_cr": (18, 6, 6), "quoted_newline": (18, 6, 6), "trailing_semis": (18, 6, 6),
-        "split_col": (18, 6, 6), "dataset_col": (18, 6, 6), "is_valid": (15, 3, 12), "part_training": (18, 6, 6), "space_header": (18, 6, 6), "upper": (18, 6, 6), "sep_line": (18, 6, 6)}
+        "split_col": (18, 6, 6), "dataset_col": (18, 6, 6), "is_valid": (15, 3, 12), "part_training": (18, 6, 6),
+        "space_header": (18, 6, 6), "upper": (18, 6, 6), "sep_line": (18, 6, 6)}
 BAD = {"absolute": "is an absolute path", "absolute_win": "is an absolute path", "automl": "is a row, so put", "noheader": "is a row, so put",
        "basename": "000.jpg is in the CSV and not on the disk", "case_ext": "where 000.jpg lies", "noext": "where 000.jpg lies",
        "dotdot": "leads out of the folder", "dup_spelling2": "keep one line of the two", "duplicate_header": "the column 'label' is there twice",
