@@ -101,14 +101,15 @@ def _catalog(root: Path, rows: list[tuple[str, str, str]], problems: list[Proble
     found = (*problems, *untrained, *_alike(classes), *_odd_formats(files))
     return Catalog(root, classes, files, np.array([code[c] for c in names], dtype=np.int64), np.array(parts), found)
 
-# %% ../nbs/01_data.ipynb #f7a8ce79
+# %% ../nbs/01_data.ipynb #c1e9a9d5
 def _require_known(root: Path, rows: list[tuple[str, str, str]], classes: Sequence[str]) -> None:
     "Raise `SFTError` where a row's class is none of `classes`."
     strange = sorted({c for _, c, _ in rows} - set(classes))
     if not strange: return
     near = next((c for c in classes if _plain(c) == _plain(strange[0])), "")
     ask = f" (is it {_shown(near, strange[0])}?)" if near else ""
-    raise SFTError(f"{printable(root)}: {_some(strange)} {'is' if len(strange) == 1 else 'are'} unknown here; the classes are "
+    raise SFTError(f"{printable(root)}: {_some(strange)} {'is' if len(strange) == 1 else 'are'} unknown here; "
+                   "the classes are "
                    f"{_some(classes)}{ask}; rename what is misspelt, and take the rest out of the data.")
 
 def _some(names: Sequence[str], most: int = 6) -> str:
@@ -127,6 +128,7 @@ def _by_extension(files: Iterable[str]) -> str:
     kinds = Counter(printable(_suffix(f))[:12] or "without extension" for f in files)
     return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(6))
 
+# %% ../nbs/01_data.ipynb #67f6c5a8
 def _first(problems: Sequence[Problem], most: int = 3) -> str:
     "The first few problems, as part of a sentence."
     told = [re.sub(r"; [^;]*left out[^;]*$", "", p.message).rstrip(".")[:200] for p in problems[:most]]
@@ -205,6 +207,7 @@ def _is_image(path: str | Path) -> bool:
     "Whether a file is an image by its name or, where that has no extension, by its content."
     return _is_picture(str(path)) or (not _suffix(str(path)) and _holds_image(path))
 
+# %% ../nbs/01_data.ipynb #ef0a9dbd
 def _holds_image(path: str | Path) -> bool:
     "Whether a file begins as images do. HEIC counts, installed or not: decoding says what is missing."
     add_formats()
@@ -234,7 +237,7 @@ def _is_tools(d: str | Path) -> bool:
     if name in THUMBNAILS or os.path.exists(os.path.join(d, "card.json")): return True
     return name in TOOLS and not _loose(d)
 
-# %% ../nbs/01_data.ipynb #40a35673
+# %% ../nbs/01_data.ipynb #9aa3e7b4
 def _listed(d: str | Path) -> list[os.DirEntry]:
     "What lies in a folder, by name; what systems leave is passed over."
     with os.scandir(d) as entries: return sorted((e for e in entries if not _is_junk(e.name)), key=lambda e: e.name)
@@ -248,10 +251,12 @@ def _loose(d: str | Path) -> list[str]:
     try: return [e.name for e in _listed(d) if not _is_folder(e) and _is_image(e.path)]
     except OSError: return []
 
+# %% ../nbs/01_data.ipynb #808c0926
 def _folders(d: Path) -> list[Path]:
     "The folders in `d` that may hold data."
     try: found = [d / e.name for e in _listed(d) if _is_folder(e)]
-    except OSError as e: raise SFTError(f"{printable(d)}: this folder cannot be listed ({e.strerror}); see to its permissions.") from None
+    except OSError as e:
+        raise SFTError(f"{printable(d)}: this folder cannot be listed ({e.strerror}); see to its permissions.") from None
     return [f for f in found if not _is_tools(f)]
 
 # %% ../nbs/01_data.ipynb #c9b5721a
@@ -271,6 +276,7 @@ def _walk(folder: Path, root: Path) -> tuple[list[str], list[Problem]]:
         problems += [_problem(f, "no file", f"{kind}; it was left out.") for f, _, kind in entries if kind not in ("file", "folder")]
     return found, problems
 
+# %% ../nbs/01_data.ipynb #1db04589
 def _tool_note(f: str) -> Problem:
     return _problem(f, "passed over", "holds thumbnails, or what a tool wrote; it was passed over.")
 
@@ -296,6 +302,7 @@ FILLERS = {"set", "sets", "data", "dataset", "image", "images", "img", "imgs", "
            "split", "folder", "files", "jpg", "jpeg", "png", "zip"}
 _GLUED = re.compile(f"({'|'.join(PARTS)})({'|'.join(FILLERS)})")  # trainset, testimages
 
+# %% ../nbs/01_data.ipynb #63eebd3f
 @cache
 def split_named(name: str) -> tuple[str, str]:
     """(part, rest): the part of a data set that a name denotes, and the words that are left of it.
@@ -326,6 +333,7 @@ def _inner(d: Path) -> list[Path]:
     if not os.access(d, os.R_OK | os.X_OK): return []
     return [f for f in _folders(d) if not _circular(f, d) and _holds_images(f)]
 
+# %% ../nbs/01_data.ipynb #2b947aa1
 def _level(d: Path, within: bool) -> Path:
     "The folder that holds the class folders: `d`, or one further down, where data lie doubled (`data/data/…`); `within` a split or not."
     while len(inner := _inner(d)) == 1 and not _loose(d) and _inner(inner[0]):
@@ -350,7 +358,7 @@ def _split_classes(d: Path) -> tuple[Path, list[Path]]:
     flat = len(inner) == 1 and split_named(inner[0].name)[1] in ("", split_named(d.name)[1])
     return level, [] if flat else inner
 
-# %% ../nbs/01_data.ipynb #5a88b72f
+# %% ../nbs/01_data.ipynb #81897457
 def _splits(folders: list[Path]) -> dict[Path, str]:
     "{folder: part} of those folders that are splits: their names say so, they agree, and they hold class folders."
     named = {d: split_named(d.name) for d in folders}
@@ -362,16 +370,19 @@ def _splits(folders: list[Path]) -> dict[Path, str]:
         if part not in chosen.values() and len(more) == 1: chosen[more[0]] = part
     return chosen
 
+# %% ../nbs/01_data.ipynb #b61329ea
 def _alike_splits(folders: list[Path], named: dict, deep: list[Path]) -> dict[Path, str]:
     "The same for names with other words in them: `cats-train` and `cats-test`, or `cats` and `cats-test`."
     groups: dict[str, dict[Path, str]] = {}
     for d in deep: groups.setdefault(named[d][1], {})[d] = named[d][0]
     for d in folders:
         group = groups.get(named[d][1], {})
-        if not named[d][0] and "train" not in group.values() and group and _split_classes(d)[1]: group[d] = "train"
+        if not named[d][0] and "train" not in group.values() and group and _split_classes(d)[1]:
+            group[d] = "train"
     groups = {rest: g for rest, g in groups.items() if len(set(g.values())) > 1}
     if len(groups) > 1:
-        raise SFTError(f"{printable(folders[0].parent)}: splits of several data sets lie here ({_some(list(groups))}); give one of them.")
+        raise SFTError(f"{printable(folders[0].parent)}: splits of several data sets lie here "
+                       f"({_some(list(groups))}); give one of them.")
     return next(iter(groups.values()), {})
 
 # %% ../nbs/01_data.ipynb #4f0e9657
@@ -386,6 +397,7 @@ def _layout(root: Path) -> _Layout:
         return _Layout(within, levels + [c for c in there if (c, c.name, "train") not in within], [], [])
     return _of_classes(root, folders, there, levels)
 
+# %% ../nbs/01_data.ipynb #81aaf8b2
 def _of_splits(splits: dict[Path, str], there: list[Path], levels: list[Path]) -> _Layout:
     "root/train|val|test/class/…; where there is no train, class folders of the same names beside the splits are it."
     at = {d: _split_classes(d)[0] for d in splits}
@@ -399,12 +411,13 @@ def _of_splits(splits: dict[Path, str], there: list[Path], levels: list[Path]) -
     levels = list(dict.fromkeys((*levels, *splits, *at.values(), *flat, *(_split_level(d) for d in flat))))
     return _Layout(classes, levels, [d for d in beside if d not in taken], [])
 
+# %% ../nbs/01_data.ipynb #2a75d169
 def _split_level(d: Path) -> Path:
     "Where the images of a split without class folders lie: in it, or in the one folder in it."
     inner = _inner(_split_classes(d)[0])
     return inner[0] if len(inner) == 1 and not _loose(d) else d
 
-# %% ../nbs/01_data.ipynb #b11aea56
+# %% ../nbs/01_data.ipynb #32700739
 def _splits_within(there: list[Path]) -> list[tuple[Path, str, str]]:
     "class/train|val|test/…: (folder, class, part) where two or more classes, or all of them, are divided so; else nothing."
     inner = {c: _inner(c) for c in there}
@@ -412,7 +425,8 @@ def _splits_within(there: list[Path]) -> list[tuple[Path, str, str]]:
     divided = [c for c in there if inner[c] and all(part.get(s) for s in inner[c])]
     if not divided or len(divided) < min(2, len(there)): return []
     if deep := next((s for c in divided for s in inner[c] if _inner(s) and not _loose(s)), None):
-        raise SFTError(f"{printable(deep.parent.parent)}: several data sets lie here, {printable(deep.parent.name)} with splits of "
+        raise SFTError(f"{printable(deep.parent.parent)}: several data sets lie here, "
+                       f"{printable(deep.parent.name)} with splits of "
                        "its own; give one of them.")
     found = [(s, c.name, part[s]) for c in divided for s in inner[c]]
     return found + [(c, c.name, "train") for c in there if c not in divided]
@@ -431,6 +445,7 @@ def _of_classes(root: Path, folders: list[Path], there: list[Path], levels: list
     levels = levels + out + [_split_level(d) for d in out]
     return _Layout([(d, d.name, "train") for d in folders if d not in out], list(dict.fromkeys(levels)), [], notes)
 
+# %% ../nbs/01_data.ipynb #24a9ddba
 def _pair_of_splits(one: tuple[str, str], two: tuple[str, str]) -> bool:
     "Whether two names, as `split_named` takes them apart, are those of splits of one thing: `cats-test` and `cats-train`, or `cats`."
     return one[1] == two[1] and one[0] != two[0] and bool({one[0], two[0]} & {"val", "test"})
@@ -439,11 +454,12 @@ def _may_be_class(d: Path, others: list[Path]) -> bool:
     "Whether a folder that is named like a split can be a class: `train` among other vehicles, `valid` beside `invalid`."
     return d.name.lower() == "train" and len(others) > 1 or any(o.name.lower().endswith(f"in{d.name.lower()}") for o in others)
 
-# %% ../nbs/01_data.ipynb #c2152e68
+# %% ../nbs/01_data.ipynb #00c98f34
 def _lone_split(d: Path, root: Path, out: bool) -> Problem:
     "What is said of the one folder among class folders that is named like a split."
     path = d.relative_to(root).as_posix()
-    if out: return _problem(path, "split name", "is named like a split and holds no class folders; it was not taken for a class, so rename it if it is one.")
+    if out:
+        return _problem(path, "split name", "is named like a split and holds no class folders; it was not taken for a class, so rename it if it is one.")
     return _problem(path, "split name", "is named like a split; it was taken for a class, so move it if it is none.")
 
 def _look_like_splits(root: Path, folders: list[Path]) -> SFTError:
@@ -453,6 +469,7 @@ def _look_like_splits(root: Path, folders: list[Path]) -> SFTError:
                     f"of each split into one folder per class, or give a CSV of path,label,split{_table_hint(root)}; "
                     "if they are classes, rename them.")
 
+# %% ../nbs/01_data.ipynb #f5be1494
 def _table_hint(root: Path) -> str:
     "Words about a CSV that lies in a folder, or one folder below; empty where there is none."
     found = sorted(root.glob("*.csv")) or sorted(root.glob("*/*.csv"))
@@ -470,6 +487,7 @@ def _strays(root: Path, layout: _Layout) -> list[Problem]:
         found.append(_problem(d.relative_to(root).as_posix(), "no class", f"lies beside the splits; it was left out, with {n} images."))
     return found
 
+# %% ../nbs/01_data.ipynb #17325e66
 def _nested(folders: Counter) -> list[Problem]:
     "Problems of kind nested, from {(class folder, class, folder inside it): how many images}; folders of one name are one problem."
     found = []
@@ -520,16 +538,19 @@ def require_enough(c: Catalog, before: Catalog | None = None) -> None:
     `before` is the catalog before files were left out; the error says which these were, and why."""
     if before is not None and len(before) and not len(c): raise nothing_left(c, before)
     if len(c.classes) < 2:
-        raise SFTError(f"{printable(c.root)}: only one class ({printable(', '.join(c.classes)) or 'none'}) was found; telling apart needs at least two sub-folders.")
+        raise SFTError(f"{printable(c.root)}: only one class ({printable(', '.join(c.classes)) or 'none'}) "
+                       "was found; telling apart needs at least two sub-folders.")
     counts = np.bincount(c.labels[c.part != "test"], minlength=len(c.classes))
     for k in np.flatnonzero(counts < 2):
         mine = np.array(before.files)[before.labels == k].tolist() if before else []
         lost = sorted(set(mine) - set(c.files), key=mine.index)
         also = f" ({len(lost)} could not be read, the first is {printable(lost[0])}){_reasons(c, lost)}" if lost else ""
-        raise _failed(f"{printable(c.root)}: class {c.classes[k]!r} holds {'a single picture' if counts[k] else 'no picture'} to train on{also}; it needs at least two.", c.problems)
+        raise _failed(f"{printable(c.root)}: class {c.classes[k]!r} holds "
+                      f"{'a single picture' if counts[k] else 'no picture'} to train on{also}; it needs at "
+                      "least two.", c.problems)
     if before is not None: require_parts(c, before)
 
-# %% ../nbs/01_data.ipynb #e1fe7513
+# %% ../nbs/01_data.ipynb #21fb9c70
 def _reasons(c: Catalog, lost: Sequence[str]) -> str:
     "The first three reasons why files were left out, as part of a sentence."
     known = {p.path: p for p in c.problems if p.kind in LEFT_OUT}
@@ -542,17 +563,20 @@ def nothing_left(c: Catalog, before: Catalog) -> SFTError:
     return _failed(f"{printable(c.root)}: none of the images can be read ({_by_extension(before.files)}){reasons}; "
                    "replace them, or give another folder.", c.problems)
 
+# %% ../nbs/01_data.ipynb #d93c9f9f
 def require_test(c: Catalog) -> None:
     "Raise `SFTError` where no image is there to test with, before anything is trained that could not be measured."
     if len(c.rows("test")): return
-    raise SFTError(f"{printable(c.root)}: no class has three images, so none is left to test with; add images, or give a test split.")
+    raise SFTError(f"{printable(c.root)}: no class has three images, so none is left to test with; add "
+                   "images, or give a test split.")
 
 def require_parts(c: Catalog, before: Catalog) -> None:
     "Raise `SFTError` where a part of the catalog `before` has no image in `c`: a test without images would measure nothing."
     for part in ("train", "val", "test"):
         lost = [before.files[i] for i in before.rows(part)]
         if lost and not len(c.rows(part)):
-            raise _failed(f"{printable(c.root)}: none of the {len(lost)} {part} images can be read{_reasons(c, lost)}; "
+            raise _failed(f"{printable(c.root)}: none of the {len(lost)} {part} images can be "
+                          f"read{_reasons(c, lost)}; "
                           "replace them, or take them away so that others are drawn.", c.problems)
 
 # %% ../nbs/01_data.ipynb #f4e4ce92
@@ -581,11 +605,13 @@ def _divide(c: Catalog, seed: int, test_share: float, val_share: float, val_give
             part[rows[hold_back(c.labels[rows], share, seed, least)]] = name
     return replace(c, part=part, problems=c.problems + _untested(c, part) * drawn)
 
+# %% ../nbs/01_data.ipynb #8b89c67b
 def _require_train(c: Catalog) -> None:
     "Raise `SFTError` where no image is there to train on."
     if len(c.rows("train")): return
     there = ", ".join(f"{len(c.rows(p))} {p}" for p in ("val", "test") if len(c.rows(p)))
-    raise SFTError(f"{printable(c.root)}: there is no train split here ({there}); add it, or rename the one to learn from to train.")
+    raise SFTError(f"{printable(c.root)}: there is no train split here ({there}); add it, or rename the one "
+                   "to learn from to train.")
 
 def _untested(c: Catalog, part: np.ndarray) -> tuple[Problem, ...]:
     "Problems of kind untested: classes with two images, both of which are needed to train."
@@ -593,13 +619,15 @@ def _untested(c: Catalog, part: np.ndarray) -> tuple[Problem, ...]:
     text = "class {!r} has two images only; both are to train and to choose with, so none is left to test."
     return tuple(Problem(c.classes[k], "untested", text.format(c.classes[k])) for k in rare)
 
-# %% ../nbs/01_data.ipynb #f5387a22
+# %% ../nbs/01_data.ipynb #113d9697
 def _table(file: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
     "The header of a CSV, and (where it stands, cells) for each line below it."
     name = printable(file)
     try: text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as e: raise SFTError(f"{name}: this is no CSV in UTF-8 ({e}); save it as one.") from None
-    except OSError as e: raise SFTError(f"{name}: cannot be read ({e.strerror}); see to its permissions.") from None
+    except UnicodeDecodeError as e:
+        raise SFTError(f"{name}: this is no CSV in UTF-8 ({e}); save it as one.") from None
+    except OSError as e:
+        raise SFTError(f"{name}: cannot be read ({e.strerror}); see to its permissions.") from None
     marked = re.match(r"sep=(.)[\r\n]+", text)  # Excel's way to name the separator
     table = csv.reader(StringIO(text[marked.end():] if marked else text, newline=""), skipinitialspace=True,
                        delimiter=marked[1] if marked else ",")
@@ -608,7 +636,7 @@ def _table(file: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
     header = [h.strip() for h in rows[0][1]] if rows else []
     return header, [(f"{name}, line {n}", [c.strip() for c in cells]) for n, cells in rows[1:]]
 
-# %% ../nbs/01_data.ipynb #a1d2e64f
+# %% ../nbs/01_data.ipynb #fe913da6
 def _require_columns(where: str, header: Sequence[str]) -> None:
     "Raise `SFTError` unless the columns path and label are there, and none is there twice."
     names = [h.lower() for h in header]
@@ -616,43 +644,51 @@ def _require_columns(where: str, header: Sequence[str]) -> None:
         raise SFTError(f"{where}: the column {twice!r} is there twice; keep one of the two.")
     if {"path", "label"} <= set(names): return
     there = printable(",".join(header))[:200] or "nothing"
-    raise SFTError(f"{where}: the first line reads {there}{_header_hint(header)}; it must name the columns path,label or path,label,split.")
+    raise SFTError(f"{where}: the first line reads {there}{_header_hint(header)}; it must name the columns "
+                   "path,label or path,label,split.")
 
+# %% ../nbs/01_data.ipynb #547d5118
 def _header_hint(header: Sequence[str]) -> str:
     "What may be wrong with the first line of a table, as part of a sentence."
-    if any(_is_picture(h) for h in header): return " (which is a row, so put a line with the names of the columns above it)"
+    if any(_is_picture(h) for h in header):
+        return " (which is a row, so put a line with the names of the columns above it)"
     if len(header) == 1 and re.search(r"[;\t]", header[0]): return " (put commas between the columns)"
     near = [h for h in header if re.sub("[^a-z]", "", h.lower()) in ("file", "filename", "filepath", "image", "imagename", "imagepath", "img")]
     return f" (rename {printable(near[0])} to path)" if near else ""
 
+# %% ../nbs/01_data.ipynb #4be21a63
 def _records(header: Sequence[str], lines: Sequence[tuple[str, list[str]]]) -> list[dict[str, str]]:
     "{column in lower case: cell} for each line. Raises `SFTError` for one with more cells than there are columns."
     names = [h.lower() for h in header]
     for where, cells in lines:
         if any(cells[len(names):]):
-            raise SFTError(f"{where}: has {len(cells)} cells where the first line has {len(names)}; put a cell that holds a comma in quotes.")
+            raise SFTError(f"{where}: has {len(cells)} cells where the first line has {len(names)}; put a "
+                           "cell that holds a comma in quotes.")
     return [dict(zip(names, cells + [""] * (len(names) - len(cells)))) for _, cells in lines]
 
-# %% ../nbs/01_data.ipynb #459410d4
+# %% ../nbs/01_data.ipynb #36bdca0a
 SPLIT_COLUMNS = ("part", "split", "set", "subset", "dataset", "partition", "phase", "usage", "fold", "group")
 FLAGS = {"isvalid": ("val", "train"), "isval": ("val", "train"), "isvalidation": ("val", "train"), "valid": ("val", "train"),
          "istest": ("test", "train"), "istrain": ("train", "val"), "istraining": ("train", "val")}
 YES, NO = ("true", "yes", "y", "t", "1", "1.0"), ("false", "no", "n", "f", "0", "0.0")
 
+# %% ../nbs/01_data.ipynb #411cf369
 def _column_parts(column: str, cells: Sequence[str], places: Sequence[str]) -> list[str] | None:
     "The part that each cell of a column names; None where the column is not about parts."
     key = re.sub("[^a-z]", "", column)
-    if key in FLAGS and all(c.lower() in YES + NO for c in cells): return [FLAGS[key][c.lower() in NO] for c in cells]
+    if key in FLAGS and all(c.lower() in YES + NO for c in cells):
+        return [FLAGS[key][c.lower() in NO] for c in cells]
     named = [split_named(c) for c in cells]
     good = [bool(part) and (not rest or key in SPLIT_COLUMNS) for part, rest in named]
-    if good and all(good) and (key in SPLIT_COLUMNS or len(set(cells)) > 1): return [part for part, _ in named]
+    if good and all(good) and (key in SPLIT_COLUMNS or len(set(cells)) > 1):
+        return [part for part, _ in named]
     if key not in ("part", "split") and not (key in SPLIT_COLUMNS and any(good)): return None
     bad = next((i for i, ok in enumerate(good) if not ok), None)
     if bad is None: return None
     text = f"{column} {cells[bad]!r} is unknown" if cells[bad] else f"{column} is empty"
     raise SFTError(f"{places[bad]}: {text}; use train, val or test.")
 
-# %% ../nbs/01_data.ipynb #1d4c924d
+# %% ../nbs/01_data.ipynb #8be0deec
 def _parts_of(where: str, header: Sequence[str], rows: Sequence[dict], places: Sequence[str]) -> tuple[list[str], list[Problem]]:
     "The part of each row of a table, and a problem of kind ignored column. Raises `SFTError` where two columns disagree."
     parts, ignored, used = ["train"] * len(rows), [], []
@@ -662,7 +698,8 @@ def _parts_of(where: str, header: Sequence[str], rows: Sequence[dict], places: S
         else: used.append(column)
         for i, part in enumerate(found or ()):
             if {part, parts[i]} == {"val", "test"}:
-                raise SFTError(f"{places[i]}: the columns {' and '.join(used)} disagree about its split; keep one of them.")
+                raise SFTError(f"{places[i]}: the columns {' and '.join(used)} disagree about its split; keep "
+                               "one of them.")
             if part != "train": parts[i] = part
     text = f"{printable(os.path.basename(where))}: the columns {', '.join(map(printable, ignored))} were ignored."
     return parts, [Problem(os.path.basename(where), "ignored column", text)] if ignored else []
@@ -672,21 +709,26 @@ def _csv_row(where: str, row: dict, top: str = "") -> tuple[str, str]:
     "(path, class) of one line of a CSV in folder `top`; `where` names file and line for the sentence that says what is wrong."
     path, label = _one_label(where, row)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
-        raise SFTError(f"{where}: {printable(path)} is an address, and nothing is downloaded; save the images and give their paths.")
+        raise SFTError(f"{where}: {printable(path)} is an address, and nothing is downloaded; save the images "
+                       "and give their paths.")
     path = path.replace("\\", "/")
     if top and path.startswith(f"{top}/") and ".." not in path.split("/"): path = path[len(top) + 1:]
     absolute = PurePosixPath(path).is_absolute() or path[1:2] == ":"
     if absolute or ".." in path.split("/"):
-        raise SFTError(f"{where}: {printable(path)} {'is an absolute path and ' * absolute}leads out of the folder of the CSV; "
+        raise SFTError(f"{where}: {printable(path)} {'is an absolute path and ' * absolute}leads out of the "
+                       "folder of the CSV; "
                        "give a path relative to that folder, without '..'.")
     return PurePosixPath(path).as_posix(), label
 
+# %% ../nbs/01_data.ipynb #38c8c2b5
 def _one_label(where: str, row: dict) -> tuple[str, str]:
     "(path, label) of a row, neither of them empty. Raises `SFTError` where several labels stand in one cell."
     path, label = str(row["path"]).strip(), str(row["label"]).strip()
-    if not path or not label: raise SFTError(f"{where}: path or label is empty; give both, or take the line away.")
+    if not path or not label:
+        raise SFTError(f"{where}: path or label is empty; give both, or take the line away.")
     if re.search(r"[|;]", label) or re.fullmatch(r"[\[({].*[\])}]", label):
-        raise SFTError(f"{where}: {printable(label)!r} looks like several labels, and an image has one class here; keep one label "
+        raise SFTError(f"{where}: {printable(label)!r} looks like several labels, and an image has one class "
+                       "here; keep one label "
                        "a line, or rename the class.")
     return path, label
 
@@ -696,7 +738,8 @@ def _unique(name: str, rows: Iterable[tuple[str, str, str]]) -> list[tuple[str, 
     seen: dict[str, tuple[str, str]] = {}
     for path, label, part in rows:
         if (old := seen.setdefault(path, (label, part))) != (label, part):
-            raise SFTError(f"{name}: {printable(path)} stands there as {printable(old[0])} ({old[1]}) and as {printable(label)} ({part}); keep one line of the two.")
+            raise SFTError(f"{name}: {printable(path)} stands there as {printable(old[0])} ({old[1]}) and as "
+                           f"{printable(label)} ({part}); keep one line of the two.")
     return [(path, *what) for path, what in seen.items()]
 
 # %% ../nbs/01_data.ipynb #e1c89fff
@@ -706,19 +749,22 @@ def _csv_problem(top: str, path: str, within: bool = True) -> Problem | None:
     if _suffix(path) and not _is_picture(path): return _not_a_picture(path)
     if not _suffix(path) and os.path.exists(full) and not _holds_image(full):
         return _problem(path, "not a picture", "has no extension and is no picture by its content; it was left out.")
-    if not os.path.isfile(full): return _problem(path, "missing", "is in the CSV and not on the disk; it was left out.")
+    if not os.path.isfile(full):
+        return _problem(path, "missing", "is in the CSV and not on the disk; it was left out.")
     if within and not os.path.realpath(full).startswith(os.path.join(top, "")):
         return _problem(path, "outside", "is a link that leads out of the folder of the CSV; it was left out.")
 
+# %% ../nbs/01_data.ipynb #80a76f05
 def _instead(top: str, p: Problem) -> Problem:
     "A missing file's problem, with the file that may be meant: of another case or extension, or with one."
     folder, name = os.path.split(os.path.join(top, p.path))
     try: names = sorted(os.listdir(folder))
     except (OSError, ValueError): return p
     near = [n for n in names if n.lower() == name.lower() or os.path.splitext(n)[0] == os.path.splitext(name)[0]]
-    return _problem(p.path, p.kind, f"is in the CSV and not on the disk, where {printable(near[0])} lies; it was left out.") if near else p
+    return _problem(p.path, p.kind, f"is in the CSV and not on the disk, where {printable(near[0])} lies; it "
+                                    "was left out.") if near else p
 
-# %% ../nbs/01_data.ipynb #747a64a5
+# %% ../nbs/01_data.ipynb #6a71690e
 def _table_rows(name: str, top: str, rows: list[tuple[str, str, str]], within: bool = True) -> tuple[list[tuple[str, str, str]], list[Problem]]:
     "The (path, class, part) rows of a table whose files are there, and problems with the others. Raises `SFTError` where none is."
     rows = _unique(name, rows)
@@ -726,9 +772,11 @@ def _table_rows(name: str, top: str, rows: list[tuple[str, str, str]], within: b
     problems = [_instead(top, p) if p.kind == "missing" and k < 20 else p for k, p in enumerate(p for p in wrong if p)]
     good = [row for row, p in zip(rows, wrong) if not p]
     if good: return good, problems
-    raise _failed(f"{name}: none of its {len(rows)} paths is a picture{': ' * bool(problems)}{_first(problems)}; paths are relative to "
+    raise _failed(f"{name}: none of its {len(rows)} paths is a "
+                  f"picture{': ' * bool(problems)}{_first(problems)}; paths are relative to "
                   f"{'the folder of the CSV' if within else 'the working directory'}.", problems)
 
+# %% ../nbs/01_data.ipynb #09fbe18d
 def _csv_rows(file: Path) -> tuple[list[tuple[str, str, str]], list[Problem]]:
     "(path, class, part) of the images that a CSV names, and problems."
     name, top = printable(file), os.path.realpath(file.parent)
@@ -744,29 +792,38 @@ def _csv_rows(file: Path) -> tuple[list[tuple[str, str, str]], list[Problem]]:
 # %% ../nbs/01_data.ipynb #a573d86f
 def _place(root: str | Path) -> Path:
     "The path of a folder or file, with `~` expanded. Raises `SFTError` for an empty one, which would mean the working directory."
-    if isinstance(root, str) and not root.strip(): raise SFTError("data: the path is empty; give a folder, or . for this one.")
+    if isinstance(root, str) and not root.strip():
+        raise SFTError("data: the path is empty; give a folder, or . for this one.")
     return Path(root).expanduser()
 
+# %% ../nbs/01_data.ipynb #d7c32f3b
 def _read(root: Path) -> tuple[Path, list[tuple[str, str, str]], list[Problem], str]:
     "(folder that files are relative to, (file, class, part) rows, problems, a hint) of a folder or a CSV."
-    if not os.path.exists(root): raise SFTError(f"{printable(root)}: there is no such folder; give one that holds a sub-folder of pictures per class.")
+    if not os.path.exists(root):
+        raise SFTError(f"{printable(root)}: there is no such folder; give one that holds a sub-folder of "
+                       "pictures per class.")
     if root.is_dir(): return root, *_folder_rows(root), _table_hint(root)
     if root.is_file() and root.suffix.lower() == ".csv": return root.parent, *_csv_rows(root), ""
-    raise SFTError(f"{printable(root)}: this is a file; give a folder that holds a sub-folder of pictures per class, or a CSV of path,label.")
+    raise SFTError(f"{printable(root)}: this is a file; give a folder that holds a sub-folder of pictures per "
+                   "class, or a CSV of path,label.")
 
+# %% ../nbs/01_data.ipynb #4409608e
 def _further(root: Path, folder: str | Path, part: str) -> tuple[str, list[tuple[str, str, str]], list[Problem]]:
     "(its path, rows, problems) of a further folder of class folders that is one part of the data in `root`."
     folder = _place(folder)
-    if not folder.is_dir(): raise SFTError(f"{printable(folder)}: there is no such folder; give one that holds a sub-folder of pictures per class.")
+    if not folder.is_dir():
+        raise SFTError(f"{printable(folder)}: there is no such folder; give one that holds a sub-folder of "
+                       "pictures per class.")
     rows, problems = _folder_rows(folder)
     if not rows: raise _no_images(folder, problems, _table_hint(folder))
-    if len({p for _, _, p in rows}) > 1: raise SFTError(f"{printable(folder)}: holds splits itself; give the one that is to be {part}.")
+    if len({p for _, _, p in rows}) > 1:
+        raise SFTError(f"{printable(folder)}: holds splits itself; give the one that is to be {part}.")
     try: here = Path(os.path.relpath(folder.resolve(), root.resolve())).as_posix()
     except ValueError: here = folder.resolve().as_posix()  # another drive
     moved = [replace(p, path=f"{here}/{p.path}", message=p.message.replace(printable(p.path), printable(f"{here}/{p.path}"), 1)) for p in problems]
     return here, [(f"{here}/{f}", c, part) for f, c, _ in rows], moved
 
-# %% ../nbs/01_data.ipynb #22b6c428
+# %% ../nbs/01_data.ipynb #0005016b
 def _joined(root: Path, rows: list, problems: list[Problem], given: Mapping[str, str | Path]) -> tuple[list, list[Problem]]:
     "Rows and problems with those of the further folders {part: folder}; what lies in such a folder counts once."
     for part, folder in given.items():
@@ -774,11 +831,12 @@ def _joined(root: Path, rows: list, problems: list[Problem], given: Mapping[str,
         rows = [r for r in rows if not r[0].startswith(f"{here}/")]
         problems = [p for p in problems if not f"{p.path}/".startswith(f"{here}/")]
         if any(p == part for _, _, p in rows):
-            raise SFTError(f"{printable(root)}: has a {part} split already; give the other one only where there is none.")
+            raise SFTError(f"{printable(root)}: has a {part} split already; give the other one only where "
+                           "there is none.")
         rows, problems = rows + more, problems + wrong
     return rows, problems
 
-# %% ../nbs/01_data.ipynb #82f78412
+# %% ../nbs/01_data.ipynb #181f1580
 def scan(root: str | Path, seed: int = 0, test_share: float = .2, val_share: float = .2, strict: bool = False, divide: bool = True,
          classes: Sequence[str] | None = None, val: str | Path | None = None, test: str | Path | None = None) -> Catalog:
     """Read a folder `root/train|val|test/class/…` or `root/class/…`, or a CSV of `path,label[,split]`, into a `Catalog`.
@@ -801,33 +859,40 @@ def scan(root: str | Path, seed: int = 0, test_share: float = .2, val_share: flo
     if classes is not None: _require_known(root, rows, classes)
     found = replace(_catalog(root, rows, problems, classes, hint), strict=strict)
     if strict: require_whole(found)
-    if divide and hint and len(found.classes) < 2: raise SFTError(f"{printable(root)}: only one class ({printable(found.classes[0])}) was found{hint}.")
+    if divide and hint and len(found.classes) < 2:
+        raise SFTError(f"{printable(root)}: only one class ({printable(found.classes[0])}) was found{hint}.")
     return _divide(found, seed, test_share, val_share, "val" in given) if divide else found
 
-# %% ../nbs/01_data.ipynb #a0ec0533
+# %% ../nbs/01_data.ipynb #889ae55e
 def _as_image(x: Any, where: str) -> Image.Image:
     "A PIL image that PNG can hold, of an image of PIL, an array (h, w), (h, w, 3 or 4) or a tensor (1, 3 or 4, h, w)."
     if isinstance(x, Image.Image):
         try: x = ImageOps.exif_transpose(x)
-        except Exception as e: raise SFTError(f"{where}: cannot be read ({e}); mend it, or take it out of the data.") from None
+        except Exception as e:
+            raise SFTError(f"{where}: cannot be read ({e}); mend it, or take it out of the data.") from None
         return x if x.mode in ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA") else x.convert("RGB")
     is_tensor = hasattr(x, "detach")
     x = x.detach().cpu().numpy() if is_tensor else np.asarray(x)
-    if x.ndim == 3 and x.shape[0] in (1, 3, 4) and (is_tensor or x.shape[2] not in (1, 3, 4)): x = np.moveaxis(x, 0, 2)
+    if x.ndim == 3 and x.shape[0] in (1, 3, 4) and (is_tensor or x.shape[2] not in (1, 3, 4)):
+        x = np.moveaxis(x, 0, 2)
     if x.ndim == 3 and x.shape[2] == 1: x = x[..., 0]
     if x.ndim not in (2, 3) or x.ndim == 3 and x.shape[2] not in (3, 4):
-        raise SFTError(f"{where}: an array of shape {x.shape} is no image; give (height, width) or (height, width, 3).")
+        raise SFTError(f"{where}: an array of shape {x.shape} is no image; give (height, width) or (height, "
+                       "width, 3).")
     return Image.fromarray(np.ascontiguousarray(_as_bytes(x, where)))
 
+# %% ../nbs/01_data.ipynb #924a1530
 def _as_bytes(x: np.ndarray, where: str) -> np.ndarray:
     "An image's array as uint8 (or a grey one as uint16, as it is); floats must lie between 0 and 1."
     if x.dtype == np.uint8 or x.dtype == np.uint16 and x.ndim == 2: return x
     if x.dtype == bool: return x.astype(np.uint8) * 255
-    if np.issubdtype(x.dtype, np.floating) and x.size and 0 <= x.min() and x.max() <= 1: return (x * 255).round().astype(np.uint8)
-    raise SFTError(f"{where}: numbers of type {x.dtype} from {x.min()} to {x.max()} are no image; give bytes from 0 to 255, "
+    if np.issubdtype(x.dtype, np.floating) and x.size and 0 <= x.min() and x.max() <= 1:
+        return (x * 255).round().astype(np.uint8)
+    raise SFTError(f"{where}: numbers of type {x.dtype} from {x.min()} to {x.max()} are no image; give bytes "
+                   "from 0 to 255, "
                    "before they are normalised.")
 
-# %% ../nbs/01_data.ipynb #6325e77e
+# %% ../nbs/01_data.ipynb #3723638d
 def _write_images(images: Iterable[Any], given: Path, total: int | None = None) -> tuple[Path, int]:
     "Write images as 000000.png and so on to a folder in `given` that is named after their content: the folder, and how many there are."
     content, n = hashlib.blake2b(digest_size=12), 0
@@ -845,6 +910,7 @@ def _write_images(images: Iterable[Any], given: Path, total: int | None = None) 
         return folder, n
     finally: shutil.rmtree(temp, ignore_errors=True)
 
+# %% ../nbs/01_data.ipynb #f8900181
 def _rename(temp: Path, folder: Path) -> None:
     "Give a finished folder its name, unless the same content has it already; that was used now, then."
     if not folder.exists(): temp.rename(folder)
@@ -855,31 +921,36 @@ def _room(place: Path) -> Iterator[None]:
     "A full disk, or one that may not be written to, as one sentence."
     try: yield
     except OSError as e:
-        raise SFTError(f"{place}: images cannot be kept there ({e.strerror or e}); make room, or set another `cache` in settings.ini.") from None
+        raise SFTError(f"{place}: images cannot be kept there ({e.strerror or e}); make room, or set another "
+                       "`cache` in settings.ini.") from None
 
-# %% ../nbs/01_data.ipynb #cd362e0a
+# %% ../nbs/01_data.ipynb #08306238
 def _class_names(labels: Sequence[Any], names: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
     "(the class of each label, all classes in order): in the order of `names` or of their numbers, or by name where labels are names."
     labels = [y.item() if hasattr(y, "item") else y for y in labels]
     if bad := [y for y in labels if not isinstance(y, (int, str)) or y == ""]:
-        raise SFTError(f"label {str(bad[0])[:80]!r}: a label must be a whole number or a name; give one class for each image.")
+        raise SFTError(f"label {str(bad[0])[:80]!r}: a label must be a whole number or a name; give one class "
+                       "for each image.")
     if not names: names = {y: str(y) for y in sorted(set(labels), key=lambda y: (isinstance(y, str), y))}
     else: names = dict(enumerate(names)) | {n: n for n in names}
     if strange := [y for y in labels if y not in names]:
-        raise SFTError(f"label {strange[0]!r} is none of the {len(set(names.values()))} classes that the data name; mend the label or the names.")
+        raise SFTError(f"label {strange[0]!r} is none of the {len(set(names.values()))} classes that the data "
+                       "name; mend the label or the names.")
     used = {names[y] for y in labels}
     return [names[y] for y in labels], [n for n in dict.fromkeys(names.values()) if n in used]
 
+# %% ../nbs/01_data.ipynb #9523aac5
 def _names_of(data: Any) -> list[str] | None:
     "The class names that a data set of torchvision or Hugging Face has, also where a torch `Subset` is around it."
     features = getattr(data, "features", None)
     if features and hasattr(features, "get"):
         return next((list(f.names) for k in LABEL_KEYS if hasattr(f := features.get(k), "names")), None)
     found = getattr(data, "classes", None)
-    if isinstance(found, (list, tuple)) and found: return [f"{n} ({i})" if found.count(n) > 1 else str(n) for i, n in enumerate(found)]
+    if isinstance(found, (list, tuple)) and found:
+        return [f"{n} ({i})" if found.count(n) > 1 else str(n) for i, n in enumerate(found)]
     return _names_of(data.dataset) if hasattr(data, "dataset") else None
 
-# %% ../nbs/01_data.ipynb #88de3fc8
+# %% ../nbs/01_data.ipynb #a5e0850d
 IMAGE_KEYS, LABEL_KEYS = ("image", "img", "picture"), ("label", "labels", "class", "target")
 
 def _items(data: Any) -> Iterator[Any]:
@@ -889,28 +960,34 @@ def _items(data: Any) -> Iterator[Any]:
     while True:
         try: item = next(todo)
         except StopIteration: return
-        except Exception as e: raise SFTError(f"item {n} of the data cannot be read ({type(e).__name__}: {e}); mend it, or take it out.") from e
+        except Exception as e:
+            raise SFTError(f"item {n} of the data cannot be read ({type(e).__name__}: {e}); mend it, or take "
+                           "it out.") from e
         yield item
         n += 1
 
+# %% ../nbs/01_data.ipynb #ec2d465e
 def _pair_in(item: Any, n: int) -> tuple[Any, Any]:
     "(image, label) of an item of a data set."
     if isinstance(item, Mapping):
         keys = [next((k for k in some if k in item), None) for some in (IMAGE_KEYS, LABEL_KEYS)]
         if None not in keys: return item[keys[0]], item[keys[1]]
     elif isinstance(item, (tuple, list)) and len(item) == 2: return item[0], item[1]
-    raise SFTError(f"item {n} of the data is {type(item).__name__}; give pairs (image, label), or {{'image': …, 'label': …}}.")
+    raise SFTError(f"item {n} of the data is {type(item).__name__}; give pairs (image, label), or "
+                   f"{{'image': …, 'label': …}}.")
 
-# %% ../nbs/01_data.ipynb #de059f4f
+# %% ../nbs/01_data.ipynb #478d57bf
 _Given = tuple[Path, list[tuple[str, str, str]], list[Problem], list[str]]  # folder, (file, class, part) rows, problems, classes
 
 def _of_images(images: Iterable[Any], labels: list, given: Path, total: int | None, names: Sequence[str] | None = None) -> _Given:
     "Images that are no files, with their labels; these may come into being while the images are gone through."
     folder, n = _write_images(images, given, total)
-    if n != len(labels): raise SFTError(f"{n} images and {len(labels)} labels were given; give one label for each image.")
+    if n != len(labels):
+        raise SFTError(f"{n} images and {len(labels)} labels were given; give one label for each image.")
     mine, classes = _class_names(labels, names)
     return folder, [(f"{i:06}.png", c, "train") for i, c in enumerate(mine)], [], classes
 
+# %% ../nbs/01_data.ipynb #30115d77
 def _of_items(data: Any, given: Path) -> _Given:
     "A data set of (image, label)."
     labels = []
@@ -921,11 +998,15 @@ def _of_items(data: Any, given: Path) -> _Given:
             yield image
     return _of_images(images(), labels, given, len(data) if hasattr(data, "__len__") else None, _names_of(data))
 
+# %% ../nbs/01_data.ipynb #e10f4b0b
 def _of_pair(items: Any, labels: Any, given: Path) -> _Given:
     "Two lists: paths or images, and labels."
     items, labels = items if hasattr(items, "__len__") else list(items), list(labels)
-    if len(items) and not isinstance(items[0], (str, os.PathLike)): return _of_images(items, labels, given, len(items))
-    if len(items) != len(labels): raise SFTError(f"{len(items)} images and {len(labels)} labels were given; give one label for each image.")
+    if len(items) and not isinstance(items[0], (str, os.PathLike)):
+        return _of_images(items, labels, given, len(items))
+    if len(items) != len(labels):
+        raise SFTError(f"{len(items)} images and {len(labels)} labels were given; give one label for each "
+                       "image.")
     mine, classes = _class_names(labels)
     return *_anywhere("the list", [(os.fspath(f), c, "train") for f, c in zip(items, mine)]), classes
 
@@ -942,6 +1023,7 @@ def _of_frame(frame: Any) -> _Given:
     folder, rows, problems = _anywhere("DataFrame", rows)
     return folder, rows, problems + ignored, sorted({c for _, c, _ in rows})
 
+# %% ../nbs/01_data.ipynb #febfa216
 def _anywhere(name: str, rows: list[tuple[str, str, str]]) -> tuple[Path, list[tuple[str, str, str]], list[Problem]]:
     "(folder, rows, problems) of paths that may lie anywhere, relative to the folder that they have in common, where there is one."
     if not rows: raise SFTError(f"{name}: holds no row; give at least two images of two classes.")
@@ -951,18 +1033,20 @@ def _anywhere(name: str, rows: list[tuple[str, str, str]]) -> tuple[Path, list[t
     near = [Path(os.path.relpath(f, top)).as_posix() if top else f for f in full]
     return Path(top), *_table_rows(name, top, [(f, *r[1:]) for f, r in zip(near, rows)], within=False)
 
-# %% ../nbs/01_data.ipynb #a04db7cb
+# %% ../nbs/01_data.ipynb #0a90e1cb
 def _of_splits_given(splits: Mapping[str, Any], given: Path) -> _Given:
     "A mapping from the names of splits to data."
     rows, problems, classes = [], [], []
     for key, data in splits.items():
-        if not split_named(str(key))[0]: raise SFTError(f"data: {key!r} names no split; use train, val and test as the keys.")
+        if not split_named(str(key))[0]:
+            raise SFTError(f"data: {key!r} names no split; use train, val and test as the keys.")
         root, mine, said, names = _given_data(data, given)
         here = Path(os.path.relpath(root.resolve(), given.resolve())).as_posix()
         rows += [(f"{here}/{f}", c, split_named(str(key))[0]) for f, c, _ in mine]
         problems, classes = problems + said, classes + names
     return given, rows, problems, list(dict.fromkeys(classes))
 
+# %% ../nbs/01_data.ipynb #6ced230b
 def _given_data(data: Any, given: Path) -> _Given:
     "Whatever `open_data` takes beside paths and catalogs; images that are no files are written below `given`."
     if hasattr(data, "itertuples") and hasattr(data, "columns"): return _of_frame(data)
@@ -972,10 +1056,11 @@ def _given_data(data: Any, given: Path) -> _Given:
     if isinstance(data, (tuple, list)) and len(data) == 2 and hasattr(data[1], "__len__") and not isinstance(data[1], (tuple, str)):
         return _of_pair(*data, given)
     if hasattr(data, "__iter__") or hasattr(data, "__getitem__"): return _of_items(data, given)
-    raise SFTError(f"data: {type(data).__name__} cannot be read; give a folder, a CSV, a DataFrame of path,label, a pair (images, labels), "
+    raise SFTError(f"data: {type(data).__name__} cannot be read; give a folder, a CSV, a DataFrame of "
+                   "path,label, a pair (images, labels), "
                    "or a data set of (image, label).")
 
-# %% ../nbs/01_data.ipynb #112c351c
+# %% ../nbs/01_data.ipynb #022bcd5a
 def open_data(data: Any, seed: int = 0, cache_dir: str | Path | None = None, val: str | Path | None = None,
               test: str | Path | None = None, strict: bool = False) -> Catalog:
     """A `Catalog` of labelled images in any of these forms:
@@ -992,7 +1077,8 @@ def open_data(data: Any, seed: int = 0, cache_dir: str | Path | None = None, val
     further = {part: folder for part, folder in (("val", val), ("test", test)) if folder is not None}
     if isinstance(data, (str, os.PathLike)): return scan(data, seed, strict=strict, val=val, test=test)
     if isinstance(data, Catalog):
-        if further: raise SFTError("data: a catalog has its splits already; give val and test to scan, which makes it.")
+        if further:
+            raise SFTError("data: a catalog has its splits already; give val and test to scan, which makes it.")
         return replace(data, strict=data.strict or strict)
     root, rows, problems, classes = _given_data(data, Path(cache_dir or load_settings().cache_dir) / "given")
     rows, problems = _joined(root, rows, problems, further)
@@ -1159,7 +1245,7 @@ def _content(source: Path | bytes) -> str:
         with open(source, "rb") as f: head = f.read(1000).lower()
     if not head: return "it is empty"
     text = next((text for sign, text in _SIGNS if sign in head), f"its content is none of {', '.join(FORMATS)}, or damaged at its head")
-    return "it is HEIC, and damaged" if text == HEIC and add_formats() else text
+    return "it is HEIC, damaged or newer than the pillow-heif of sft_course[heic]" if text == HEIC and add_formats() else text
 
 def why_unreadable(source: Path | bytes, e: Exception) -> str:
     "What is the matter with an image that could not be read, in a few words; source: its path, or the bytes of the file."
