@@ -17,7 +17,6 @@ from sft_course import FineTuner, Phase, fine_tune, load_artifact
 from sft_course.core import SFTError
 from sft_course.recipe import ARTIFACT, _value, every_stage, free_name, require_free
 
-CASES = REPO.parent / "shared" / "cases"
 HEAD = (Phase("head", looks_at="last"),)
 
 
@@ -29,7 +28,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wide(folder, tmp_path_factory):
     "A result whose head looks at every stage."
-    return FineTuner(data=folder, size=64, out=tmp_path_factory.mktemp("wide")).run(Phase("head", looks_at="every"))
+    return FineTuner(folder, size=64, out=tmp_path_factory.mktemp("wide")).run(Phase("head", looks_at="every"))
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def image(folder):
 # ---- the history
 
 def test_the_history_holds_numbers(folder, tmp_path):
-    tuner = FineTuner(data=folder, size=64, out=tmp_path / "out")
+    tuner = FineTuner(folder, size=64, out=tmp_path / "out")
     tuner.step(Phase("head"))
     tuner.step(Phase(3, epochs=1))
     result = tuner.run(Phase("all", epochs=1))
@@ -145,16 +144,50 @@ def test_the_next_free_name(tmp_path):
     require_free(want), require_free(tmp_path / "images-model-4")
 
 
-@pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not here")
-def test_the_case_of_the_overwritten_model(folder, tmp_path):
+def test_a_run_does_not_replace_what_a_person_made_and_says_so_before_it_trains(folder, tmp_path):
     proj = tmp_path / "proj"
     proj.mkdir()
     for name, text in (("history.csv", "my,own\n"), ("report.html", "mine\n")):
         (proj / name).write_text(text, encoding="utf-8")
     with pytest.raises(SFTError, match="proj/history.csv: this is there already"):
-        fine_tune(folder, out=proj, size=64, phases=HEAD)
+        fine_tune(folder, out=proj, size=64, phases=HEAD, watch=lambda row: pytest.fail("something was trained"))
     assert [(proj / n).read_text(encoding="utf-8") for n in ("history.csv", "report.html")] == ["my,own\n", "mine\n"]
-    assert not (proj / "card.json").exists() and not (proj / "model.safetensors").exists()
+    assert sorted(os.listdir(proj)) == ["history.csv", "report.html"]
+
+
+def test_a_run_does_not_replace_another_runs_model_and_says_so_before_it_trains(folder, tmp_path):
+    other = fine_tune(folder, out=tmp_path / "out", size=64, phases=HEAD)
+    before = {p.name: p.read_bytes() for p in other.folder.iterdir()}
+    with pytest.raises(SFTError, match="model.safetensors: this is there already .* such as .*out-2"):
+        fine_tune(folder, out=tmp_path / "out", size=64, seed=1, phases=HEAD, watch=lambda row: pytest.fail("something was trained"))
+    assert {p.name: p.read_bytes() for p in other.folder.iterdir()} == before
+
+
+def test_one_tuner_may_run_again_into_its_folder(folder, tmp_path):
+    tuner = FineTuner(folder, size=64, out=tmp_path / "out", weights=None)
+    first = tuner.run(Phase(2, epochs=1))
+    assert first.folder == tmp_path / "out"
+    second = tuner.run(Phase("all", epochs=1))
+    same = [torch.equal(a, b) for a, b in zip(load_artifact(tmp_path / "out").model.parameters(), second.model.parameters())]
+    assert all(same) and len(load_artifact(tmp_path / "out").history) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_killed_run_whose_history_is_kept_goes_on_into_its_folder(folder, tmp_path, monkeypatch, rows):
+    import sft_course.recipe as recipe
+    usual = recipe._ToCsv.__call__
+    def dies(self, row):
+        usual(self, row)
+        if len(self.rows) == rows:
+            raise KeyboardInterrupt
+    phases = (Phase(1, epochs=1), Phase(2, epochs=1))
+    how = {"out": tmp_path / "out", "size": 64, "weights": None, "phases": phases, "watch": "csv"}
+    monkeypatch.setattr(recipe._ToCsv, "__call__", dies)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(folder, **how)
+    monkeypatch.setattr(recipe._ToCsv, "__call__", usual)
+    assert (tmp_path / "out" / "history.csv").exists()
+    assert len(fine_tune(folder, resume=True, **how).history) == 2 == len(load_artifact(tmp_path / "out").history)
 
 
 # ---- the network
@@ -245,12 +278,19 @@ def test_every_text_file_is_read_and_written_in_utf8():
     found = []
     for file in sorted((REPO / "sft_course").glob("*.py")):
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(call, ast.Call) and _is_text(call) and "encoding" not in {k.arg for k in call.keywords}:
+            if isinstance(call, ast.Call) and _is_text(call) and not _says_encoding(call):
                 found.append(f"{file.name}:{call.lineno}")
     assert found == []
 
 
+def _says_encoding(call):
+    given = {k.arg for k in call.keywords}  # None stands for **options
+    return bool(given & {"encoding", None}) or any(isinstance(a, ast.Constant) and a.value == "utf-8" for a in call.args)
+
+
 def _is_text(call):
+    if call.args and ast.unparse(call.args[0]) == "os.devnull":
+        return False
     method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
     if method in ("read_text", "write_text"):
         return True

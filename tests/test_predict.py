@@ -42,7 +42,7 @@ def result(folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def wide(folder):
     "A network whose head looks at every stage."
-    return FineTuner(data=folder, size=64).run(Phase("head", looks_at="every"))
+    return FineTuner(folder, size=64).run(Phase("head", looks_at="every"))
 
 
 @pytest.fixture
@@ -112,9 +112,14 @@ def test_a_folder_stands_for_the_images_in_it(result, folder, tmp_path):
     assert result.predict([folder / "waves", str(folder / "stripes")])[0].path == str(folder / "waves" / "00.png")
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "a.png").write_bytes(b"")
+    (tmp_path / "@eaDir").mkdir()
+    (tmp_path / "@eaDir" / "a.png").write_bytes((folder / "waves" / "00.png").read_bytes())
     (tmp_path / "notes.txt").write_bytes(b"")
     with pytest.warns(UserWarning, match="there is no image to be read in this folder"):
         assert [p.path for p in result.predict(tmp_path)] == [str(tmp_path)]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "no extension").write_bytes((folder / "waves" / "00.png").read_bytes())
+    assert [(p.path, p.label) for p in result.predict(tmp_path)] == [(str(tmp_path / "a" / "no extension"), "waves")]
 
 
 def test_nothing_gives_nothing(result):
@@ -126,7 +131,7 @@ def test_nothing_gives_nothing(result):
 @pytest.mark.parametrize(
     ("what", "said"),
     [(None, "NoneType is no image"), (3, "int is no image"), ({"image": 1}, "dict is no image"), (torch.zeros(3, 8, 8), "Tensor is no image"),
-     (io.StringIO("x"), "open it with 'rb'"), (b"", "cannot be read as an image"), ("gone.jpg", "gone.jpg: there is no such file"),
+     (io.StringIO("x"), "open it with 'rb'"), (b"", "it is empty"), (b"%PDF-1.7", "it is a PDF"), ("gone.jpg", "gone.jpg: there is no such file"),
      (np.zeros(3, np.uint8), "an array of shape"), ("\0", "there is no such file")],
     ids=str,
 )
@@ -242,6 +247,8 @@ def test_nothing_is_fetched_unasked(result, server, image):
     with pytest.warns(UserWarning, match="404"):
         found = result.predict([f"{url}/gone.png", f"{url}/waves/00.png"], allow_url=True)
     assert "gone.png" in found[0].error and found[1].label == "waves"
+    with pytest.raises(SFTError, match="it is a web page"):
+        result.predict(f"{url}/waves/", allow_url=True)
 
 
 def test_a_home_folder_is_written_out(result, image, tmp_path, monkeypatch):
