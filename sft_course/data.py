@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FORMATS', 'PICTURES', 'JUNK', 'TOOLS', 'THUMBNAILS', 'PARTS', 'FILLERS', 'LEFT_OUT', 'SPLIT_COLUMNS', 'FLAGS', 'YES',
            'NO', 'IMAGE_KEYS', 'LABEL_KEYS', 'HEIC', 'KEPT', 'ONES', 'BLANK', 'CROWD', 'Problem', 'printable',
-           'Catalog', 'hold_back', 'add_formats', 'split_named', 'require_enough', 'nothing_left', 'require_test',
-           'require_parts', 'require_whole', 'scan', 'open_data', 'read_picture', 'PixelCache', 'decode_once',
-           'decoded_size', 'cache_summary', 'clear_cache', 'evict', 'free_memory', 'require_memory', 'difference_hash',
-           'bits_apart', 'close_hashes', 'find_leaks', 'leaks_between_parts', 'inspect', 'describe', 'look',
-           'plain_view', 'random_view', 'turned', 'random_colour', 'recolour', 'channel_stats']
+           'Catalog', 'hold_back', 'add_formats', 'images_below', 'split_named', 'require_enough', 'nothing_left',
+           'require_test', 'require_parts', 'require_whole', 'scan', 'open_data', 'read_picture', 'why_unreadable',
+           'PixelCache', 'decode_once', 'decoded_size', 'cache_summary', 'clear_cache', 'evict', 'free_memory',
+           'require_memory', 'difference_hash', 'bits_apart', 'close_hashes', 'find_leaks', 'leaks_between_parts',
+           'inspect', 'describe', 'look', 'plain_view', 'random_view', 'turned', 'random_colour', 'recolour',
+           'channel_stats']
 
 # %% ../nbs/01_data.ipynb #96e67cda
 import csv, errno, hashlib, json, os, re, shutil, stat, tempfile, threading, unicodedata, warnings
@@ -287,6 +288,12 @@ def _sort(e: os.DirEntry) -> str:
         if e.is_dir(): return "is a link to a folder, and those are not followed"
     except OSError: pass
     return "is a link that leads nowhere, or in a circle" if e.is_symlink() else "is neither a file nor a folder"
+
+# %% ../nbs/01_data.ipynb #a83c5d90
+def images_below(folder: Path) -> tuple[list[Path], list[Problem]]:
+    "The images in a folder and those below it, and what was passed over or could not be listed there."
+    found, problems = _walk(folder, folder)
+    return [folder / f for f in found if _is_image(folder / f)], problems
 
 # %% ../nbs/01_data.ipynb #472e742d
 PARTS = {"train": "train", "training": "train", "trainval": "train", "val": "val", "valid": "val", "validation": "val",
@@ -1231,15 +1238,21 @@ _SIGNS = ((b"%!ps", "it is PostScript, a program, which is not run"), (b"%pdf", 
           (b"<html", "it is a web page"), (b"<!doctype html", "it is a web page"), (b"pk\3\4", "it is a ZIP archive"), (b"git-lfs", "it is a pointer of Git LFS; fetch the files by git lfs pull"),
           (b"ftypavi", "it is AVIF, damaged or newer than this Pillow"), *((b"ftyp" + brand, HEIC) for brand in (b"hei", b"hev", b"mif1", b"msf1")))
 
-def _content(path: Path) -> str:
-    "What a file is that is no picture."
-    with open(path, "rb") as f: head = f.read(1000).lower()
+def _content(source: Path | bytes) -> str:
+    "What a file is that is no image, given as its path or as its bytes."
+    if isinstance(source, bytes): head = source[:1000].lower()
+    else:
+        with open(source, "rb") as f: head = f.read(1000).lower()
     if not head: return "it is empty"
     text = next((text for sign, text in _SIGNS if sign in head), f"its content is none of {', '.join(FORMATS)}, or damaged at its head")
     return "it is HEIC, damaged or newer than the pillow-heif of sft_course[heic]" if text == HEIC and add_formats() else text
 
-def _why(path: Path, e: Exception) -> tuple[str, str]:
-    "(kind, reason) of a picture that could not be read."
+def why_unreadable(source: Path | bytes, e: Exception) -> str:
+    "What is the matter with an image that could not be read, in a few words; source: its path, or the bytes of the file."
+    return _why(source, e)[1]
+
+def _why(path: Path | bytes, e: Exception) -> tuple[str, str]:
+    "(kind, reason) of an image that could not be read."
     text = printable(str(e).split("\n")[0])
     if isinstance(e, FileNotFoundError): return "missing", "it is no longer there"
     if isinstance(e, MemoryError): return "unreadable", "there is not enough memory for it"
@@ -1327,7 +1340,7 @@ class _Decoded:
 def _cached(folder: Path, asked: _Asked, passing: bool = False) -> _Decoded | None:
     "What `_decode` wrote; None where there is nothing, or it is damaged, or, unless `passing`, holds findings that may have passed."
     try:
-        said = json.loads((folder / "left_out.json").read_text())
+        said = json.loads((folder / "left_out.json").read_text(encoding="utf-8"))
         problems = tuple(Problem(**p) for p in said.pop("problems"))
         levels = tuple(map(float, said.pop("levels") or ())) or None
         found = _Decoded(folder, np.load(folder / "pixels.npy", mmap_mode="r"), problems, levels=levels, **said)
@@ -1481,7 +1494,7 @@ def _quiet():
         yield
 
 def _finish(temp: Path, n: int, asked: _Asked, said: dict) -> None:
-    (temp / "left_out.json").write_text(json.dumps(said))
+    (temp / "left_out.json").write_text(json.dumps(said), encoding="utf-8")
     if asked.settled and not said["passing"]: (temp / asked.seen).touch()
     size = asked.size
     raw = np.memmap(temp / "raw", np.uint8, "r", shape=(n, size, size, 3)) if n else np.zeros((0, size, size, 3), np.uint8)
@@ -1564,12 +1577,12 @@ def free_memory() -> int | None:
     "Bytes of memory that this process may still take, as system and container say; None where they do not say."
     found = []
     with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         found.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))))
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         with suppress(OSError, ValueError):  # "max" is no number: there is no limit
             here = Path("/sys/fs/cgroup")
-            found.append(int((here / limit).read_text()) - int((here / used).read_text()))
+            found.append(int((here / limit).read_text("utf-8")) - int((here / used).read_text("utf-8")))
     if not found:
         with suppress(AttributeError, OSError, ValueError): found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return max(0, min(found)) if found else None

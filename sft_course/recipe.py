@@ -105,7 +105,7 @@ from typing import Any
 from PIL import Image
 from torch import nn
 from .core import expanded, own_torch_state
-from .data import PICTURES, printable
+from .data import images_below, printable, why_unreadable
 from .backbones import account, as_backbone
 
 # %% ../nbs/09_recipe.ipynb #6b32f003
@@ -636,9 +636,10 @@ def run_phases(tuner: FineTuner, *phases: Phase, resume: bool = False) -> Result
     """Run the phases in order, choose on the validation images, measure on the test images, and save where `out` was given.
 
     resume: go on where the run that wrote `last.ckpt` in `out` was stopped; what comes out is the same to the last bit. Where that
-    run has ended, its artifact comes back. Raises `SFTError` where the phases do not fit the network, or another run used `out`.
+    run has ended, its artifact comes back. Raises `SFTError` where the phases do not fit the network, or something else lies in `out`.
     """
     _require_phases(tuner, phases)
+    _require_own(tuner, resume)
     with claimed(tuner.out):
         if resume and (result := _ended(tuner, phases)):
             return result
@@ -658,6 +659,11 @@ def _run_all(tuner: FineTuner, phases: tuple[Phase, ...], resume: bool) -> None:
         tuner.title = f"phase {i + 1} of {len(phases)}, {_name(phase)}"
         tuner.tell(tuner.title + (f"; about {_duration(sum(seconds[i:]))} to go" if seconds else ""))
         _run_phase(tuner, phase, inside and i == done, plan)
+
+def _require_own(tuner: FineTuner, resume: bool) -> None:
+    "Raise `SFTError` where the artifact would replace what this tuner, or the run that goes on, has not made."
+    goes_on = resume and tuner.out and (tuner.out / ".lock").exists()  # it was let in, and nothing lay there then
+    if tuner.out and not tuner.chosen and not goes_on: require_free(tuner.out)
 
 def _require_phases(tuner: FineTuner, phases: tuple) -> None:
     "Raise `SFTError` unless there are phases, and all can be run on this network: an hour later would be too late."
@@ -906,14 +912,10 @@ def _items(what: Any) -> Iterator[Any]:
         for item in what: yield from _items(item)
 
 def _below(folder: Path) -> Iterator[Path]:
-    "The images in a folder and below it, by name, but for hidden ones; then the folders that hold none or cannot be listed."
-    empty, unlisted = True, []
-    for here, folders, files in os.walk(folder, onerror=lambda e: unlisted.append(Path(e.filename))):
-        folders[:] = sorted(d for d in folders if not d.startswith("."))
-        for name in sorted(f for f in files if not f.startswith(".") and Path(f).suffix.lower() in PICTURES):
-            empty = False
-            yield Path(here, name)
-    yield from [folder] if empty and not unlisted else unlisted
+    "The images in a folder and below it; then the folders there that cannot be listed; the folder itself where there is neither."
+    images, problems = images_below(folder)
+    found = images + [folder / p.path for p in problems if p.kind == "unreadable folder"]
+    yield from found or [folder]
 
 # %% ../nbs/09_recipe.ipynb #67f2a0b5
 _URL = re.compile("https?://", re.IGNORECASE)
@@ -966,19 +968,15 @@ def _read(given: tuple[str, Any], size: int, levels: tuple[float, float] | None)
     try:
         if isinstance(source, Exception): raise source
         if isinstance(source, Path): _require_file(source, name)
-        return read_picture(_fetched(source) if isinstance(source, str) else source, size, levels)
+        if isinstance(source, str): source = _fetched(source)
+        return read_picture(source, size, levels)
     except SFTError as e: return str(e)
-    except Exception as e: return f"{name}: cannot be read as an image ({_why_unreadable(e)}); give a JPEG, PNG or the like."
+    except Exception as e: return f"{name}: cannot be read as an image ({why_unreadable(source, e)})."
 
 def _require_file(path: Path, name: str) -> None:
     "Raise `SFTError` where there is nothing, or a folder without images."
     if os.path.isdir(path): raise SFTError(f"{name}: there is no image to be read in this folder; give another.")
     if not os.path.lexists(path): raise SFTError(f"{name}: there is no such file; give an image.")
-
-def _why_unreadable(e: Exception) -> str:
-    "What an exception says, short enough for a sentence."
-    text = (e.strerror if isinstance(e, OSError) else None) or str(e).split("\n")[0]
-    return printable(text)[:120] or type(e).__name__
 
 # %% ../nbs/09_recipe.ipynb #2ad8b6c7
 def predict_stream(result: Result, what: Any, top: int | None = None, *, allow_url: bool = False,
