@@ -586,7 +586,6 @@ def nothing_left(c: Catalog, before: Catalog) -> SFTError:
     return _failed(f"{printable(c.root)}: none of the images can be read ({_by_extension(before.files)}){reasons}; "
                    "replace them, or give another folder.", c.problems)
 
-# %% ../nbs/01_data.ipynb #d93c9f9f
 def require_test(c: Catalog) -> None:
     "Raise `SFTError` where no image is there to test with, before anything is trained that could not be measured."
     if len(c.rows("test")): return
@@ -1277,7 +1276,6 @@ _SIGNS = ((b"%!ps", "it is PostScript, a program, which is not run"), (b"%pdf", 
           (b"<html", "it is a web page"), (b"<!doctype html", "it is a web page"), (b"pk\3\4", "it is a ZIP archive"), (b"git-lfs", "it is a pointer of Git LFS; fetch the files by git lfs pull"),
           (b"ftypavi", "it is AVIF, damaged or newer than this Pillow"), *((b"ftyp" + brand, HEIC) for brand in (b"hei", b"hev", b"mif1", b"msf1")))
 
-# %% ../nbs/01_data.ipynb #4c739692
 def _content(source: Path | bytes) -> str:
     "What a file is that is no image, given as its path or as its bytes."
     if isinstance(source, bytes): head = source[:1000].lower()
@@ -1287,7 +1285,6 @@ def _content(source: Path | bytes) -> str:
     text = next((text for sign, text in _SIGNS if sign in head), f"its content is none of {', '.join(FORMATS)}, or damaged at its head")
     return "it is HEIC, damaged or newer than the pillow-heif of sft_course[heic]" if text == HEIC and add_formats() else text
 
-# %% ../nbs/01_data.ipynb #25be30b3
 def why_unreadable(source: Path | bytes, e: Exception) -> str:
     "What is the matter with an image that could not be read, in a few words; source: its path, or the bytes of the file."
     return _why(source, e)[1]
