@@ -1844,7 +1844,6 @@ def _copies(cache: PixelCache) -> list[Problem]:
     for pair in sorted(how): edges.setdefault(of[pair[0]], []).append(pair)
     return [p for number, g in enumerate(groups) for p in _group(c, g, edges[number], how)] + [_crowd(c, crowd) for crowd in crowds]
 
-# %% ../nbs/01_data.ipynb #5881ccc1
 def _group(c: Catalog, group: np.ndarray, edges: list[tuple[int, int]], how: dict) -> list[Problem]:
     "What is to be said of a group of copies, by one of its pairs for each kind."
     def first(differ): return next(([pair] for pair in edges if differ[pair[0]] != differ[pair[1]]), [])
@@ -1854,7 +1853,6 @@ def _group(c: Catalog, group: np.ndarray, edges: list[tuple[int, int]], how: dic
         for p in _pair(c, *pair, how[pair], rest): told.setdefault(p.kind, p)
     return list(told.values())
 
-# %% ../nbs/01_data.ipynb #52beda20
 def _pair(c: Catalog, i: int, j: int, how: str, rest: Sequence[str] = ()) -> list[Problem]:
     "What is to be said of two copies; `rest`: others of the same group."
     a, b, kinds = c.files[i], c.files[j], []
@@ -1865,7 +1863,6 @@ def _pair(c: Catalog, i: int, j: int, how: str, rest: Sequence[str] = ()) -> lis
     more = f" ({len(rest)} more are alike: {', '.join(rest[:5])}{' …' * (len(rest) > 5)})" if rest else ""
     return [_problem(b, kind, text + more + ".", a) for kind, text in kinds]
 
-# %% ../nbs/01_data.ipynb #d1c0de31
 def _crowd(c: Catalog, crowd: np.ndarray) -> Problem:
     "That many images look alike, which is for a person to judge."
     parts = ", ".join(f"{n} {p}" for p, n in Counter(c.part[crowd].tolist()).items())
@@ -1873,7 +1870,6 @@ def _crowd(c: Catalog, crowd: np.ndarray) -> Problem:
     return _problem(c.files[elsewhere], "look-alikes", f"is one of {len(crowd)} pictures that look much alike ({parts}), so of copies among them only some were "
                     "found; where they show the same thing (a patient, a film, a day), keep that in one part.", c.files[crowd[0]])
 
-# %% ../nbs/01_data.ipynb #293a3587
 def find_leaks(cache: PixelCache) -> tuple[Problem, ...]:
     "What `inspect` knows of copies in two parts of a data set or with two labels: that decides whether a result means anything."
     c = cache.catalog
