@@ -1276,6 +1276,7 @@ _SIGNS = ((b"%!ps", "it is PostScript, a program, which is not run"), (b"%pdf", 
           (b"<html", "it is a web page"), (b"<!doctype html", "it is a web page"), (b"pk\3\4", "it is a ZIP archive"), (b"git-lfs", "it is a pointer of Git LFS; fetch the files by git lfs pull"),
           (b"ftypavi", "it is AVIF, damaged or newer than this Pillow"), *((b"ftyp" + brand, HEIC) for brand in (b"hei", b"hev", b"mif1", b"msf1")))
 
+# %% ../nbs/01_data.ipynb #4c739692
 def _content(source: Path | bytes) -> str:
     "What a file is that is no image, given as its path or as its bytes."
     if isinstance(source, bytes): head = source[:1000].lower()
@@ -1285,6 +1286,7 @@ def _content(source: Path | bytes) -> str:
     text = next((text for sign, text in _SIGNS if sign in head), f"its content is none of {', '.join(FORMATS)}, or damaged at its head")
     return "it is HEIC, damaged or newer than the pillow-heif of sft_course[heic]" if text == HEIC and add_formats() else text
 
+# %% ../nbs/01_data.ipynb #25be30b3
 def why_unreadable(source: Path | bytes, e: Exception) -> str:
     "What is the matter with an image that could not be read, in a few words; source: its path, or the bytes of the file."
     return _why(source, e)[1]
@@ -1844,6 +1846,7 @@ def _copies(cache: PixelCache) -> list[Problem]:
     for pair in sorted(how): edges.setdefault(of[pair[0]], []).append(pair)
     return [p for number, g in enumerate(groups) for p in _group(c, g, edges[number], how)] + [_crowd(c, crowd) for crowd in crowds]
 
+# %% ../nbs/01_data.ipynb #5881ccc1
 def _group(c: Catalog, group: np.ndarray, edges: list[tuple[int, int]], how: dict) -> list[Problem]:
     "What is to be said of a group of copies, by one of its pairs for each kind."
     def first(differ): return next(([pair] for pair in edges if differ[pair[0]] != differ[pair[1]]), [])
@@ -1853,6 +1856,7 @@ def _group(c: Catalog, group: np.ndarray, edges: list[tuple[int, int]], how: dic
         for p in _pair(c, *pair, how[pair], rest): told.setdefault(p.kind, p)
     return list(told.values())
 
+# %% ../nbs/01_data.ipynb #52beda20
 def _pair(c: Catalog, i: int, j: int, how: str, rest: Sequence[str] = ()) -> list[Problem]:
     "What is to be said of two copies; `rest`: others of the same group."
     a, b, kinds = c.files[i], c.files[j], []
@@ -1863,6 +1867,7 @@ def _pair(c: Catalog, i: int, j: int, how: str, rest: Sequence[str] = ()) -> lis
     more = f" ({len(rest)} more are alike: {', '.join(rest[:5])}{' …' * (len(rest) > 5)})" if rest else ""
     return [_problem(b, kind, text + more + ".", a) for kind, text in kinds]
 
+# %% ../nbs/01_data.ipynb #a288f883
 def _crowd(c: Catalog, crowd: np.ndarray) -> Problem:
     "That many images look alike, which is for a person to judge."
     parts = ", ".join(f"{n} {p}" for p, n in Counter(c.part[crowd].tolist()).items())
@@ -1870,6 +1875,7 @@ def _crowd(c: Catalog, crowd: np.ndarray) -> Problem:
     return _problem(c.files[elsewhere], "look-alikes", f"is one of {len(crowd)} pictures that look much alike ({parts}), so of copies among them only some were "
                     "found; where they show the same thing (a patient, a film, a day), keep that in one part.", c.files[crowd[0]])
 
+# %% ../nbs/01_data.ipynb #6a0410e6
 def find_leaks(cache: PixelCache) -> tuple[Problem, ...]:
     "What `inspect` knows of copies in two parts of a data set or with two labels: that decides whether a result means anything."
     c = cache.catalog

@@ -1287,7 +1287,6 @@ def scratch_phase(settings: Settings) -> Phase:
     "All layers from random weights: a larger rate, batch norms that learn their statistics, new views in every epoch."
     return Phase("all", epochs=settings.pick(quick=8, full=60), lr=1e-3, views=0, batch_stats=True)
 
-# %% ../nbs/09_recipe.ipynb #03a28fda
 def demo(out: str | Path, settings: Settings | None = None) -> tuple[float, Result]:
     "Accuracy of the network trained from scratch, and the `Result` of fine-tuning it, on the data that the settings name."
     settings = settings or load_settings()
