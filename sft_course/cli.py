@@ -418,8 +418,8 @@ def _table_of(file: Path | None, top: int) -> Iterator[Callable[[Any], None]]:
         yield lambda p: None
         return
     _require_free(file, lambda head: head.startswith(",".join(_columns(1))), "--csv")
-    text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # names keep their bytes
-    with _writable(file, "--csv") as temp, open(temp, "w", **text) as f:
+    with _writable(file, "--csv") as temp, open(temp, "w", newline="", encoding="utf-8",
+                                                errors="surrogateescape") as f:  # names keep their bytes
         table = csv.writer(f)
         table.writerow(_columns(top))
         yield lambda p: table.writerow([p.path, *(v for pair in _best(p, top) for v in pair)])
