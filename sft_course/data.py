@@ -45,6 +45,7 @@ def printable(name: str | Path) -> str:
         return f"\\x{ord(c) - 0xdc00:02x}" if "\udc80" <= c <= "\udcff" else c.encode("unicode_escape").decode()
     return "".join(map(one, str(name)))
 
+# %% ../nbs/01_data.ipynb #9d7132bf
 def _problem(path: str, kind: str, what: str, other: str = "") -> Problem:
     "A problem whose sentence begins with the path."
     return Problem(path, kind, f"{printable(path)} {what}", other)
@@ -112,6 +113,7 @@ def _require_known(root: Path, rows: list[tuple[str, str, str]], classes: Sequen
                    "the classes are "
                    f"{_some(classes)}{ask}; rename what is misspelt, and take the rest out of the data.")
 
+# %% ../nbs/01_data.ipynb #a27799ba
 def _some(names: Sequence[str], most: int = 6) -> str:
     "The first `most` names, in quotes, and how many more there are."
     return ", ".join(repr(n) for n in names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
@@ -123,6 +125,7 @@ def _failed(text: str, problems: Iterable[Problem]) -> SFTError:
     error.problems = tuple(problems)
     return error
 
+# %% ../nbs/01_data.ipynb #b3e5fe48
 def _by_extension(files: Iterable[str]) -> str:
     "How many files of each extension there are, such as `12 .txt, 1 without extension`."
     kinds = Counter(printable(_suffix(f))[:12] or "without extension" for f in files)
@@ -134,6 +137,7 @@ def _first(problems: Sequence[Problem], most: int = 3) -> str:
     told = [re.sub(r"; [^;]*left out[^;]*$", "", p.message).rstrip(".")[:200] for p in problems[:most]]
     return "; ".join(told)
 
+# %% ../nbs/01_data.ipynb #38544794
 def _no_images(root: Path, problems: Sequence[Problem], hint: str = "") -> SFTError:
     "The error of a folder without any image in its class folders: what was found there instead."
     lost = [p for p in problems if p.kind in LEFT_OUT and p.kind != "empty class"]
@@ -146,15 +150,18 @@ def _plain(name: str) -> str:
     "A name without what a person hardly sees: case, and the two ways to write an accent."
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
+# %% ../nbs/01_data.ipynb #289b3fdc
 def _shown(a: str, b: str) -> str:
     "Name a, in quotes, so that it cannot be taken for b."
     return ascii(a) if unicodedata.normalize("NFC", a) == unicodedata.normalize("NFC", b) else repr(a)
 
+# %% ../nbs/01_data.ipynb #aa333559
 def _untrained(f: str, name: str, classes: tuple[str, ...]) -> Problem:
     near = next((c for c in classes if _plain(c) == _plain(name)), "")
     ask = f" (is it {_shown(near, name)}?)" if near else ""
     return _problem(f, "untrained class", f"is of class {_shown(name, near)}, which has no pictures to train on{ask}; it was left out.")
 
+# %% ../nbs/01_data.ipynb #1be6970a
 def _alike(classes: tuple[str, ...]) -> list[Problem]:
     "Problems of kind alike classes: two names that differ in case only were hardly meant to be two."
     first: dict[str, str] = {}
@@ -168,6 +175,7 @@ def _suffix(name: str) -> str:
     ext = os.path.splitext(name)[1].lower()
     return "" if ext[1:].isdigit() else ext
 
+# %% ../nbs/01_data.ipynb #bcb30cde
 def _odd_formats(files: list[str]) -> list[Problem]:
     "A format that one file in a hundred or fewer has is worth a look: placeholders often come that way."
     same = {"JPEG": "JPG", "JFIF": "JPG", "JPE": "JPG", "TIFF": "TIF", "": "without extension"}
@@ -191,6 +199,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "HEIF")
 PICTURES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
             ".pbm", ".pnm", ".pfm", ".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif"}
 
+# %% ../nbs/01_data.ipynb #add0e996
 @cache
 def add_formats() -> bool:
     "Load Pillow's formats, and that for HEIC where pillow-heif, the extra `heic`, is installed; returns whether it is."
@@ -227,10 +236,12 @@ JUNK = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "picasa.ini", "__ma
 TOOLS = {"runs", "wandb", "mlruns", "lightning_logs", "tb_logs", "tensorboard", "logs", "checkpoints", "node_modules", "venv"}
 THUMBNAILS = {"thumbnail", "thumbnails", "thumbs"}
 
+# %% ../nbs/01_data.ipynb #00b50b89
 def _is_junk(name: str) -> bool:
     "Whether a name is hidden, or one that operating systems and file servers leave everywhere."
     return name.startswith(".") or name.lower() in JUNK
 
+# %% ../nbs/01_data.ipynb #6b8ed0f0
 def _is_tools(d: str | Path) -> bool:
     "Whether a folder holds thumbnails, what a training tool wrote (no image lies in it directly), or an artifact."
     name = os.path.basename(d).strip("_@ ").lower()
@@ -242,10 +253,12 @@ def _listed(d: str | Path) -> list[os.DirEntry]:
     "What lies in a folder, by name; what systems leave is passed over."
     with os.scandir(d) as entries: return sorted((e for e in entries if not _is_junk(e.name)), key=lambda e: e.name)
 
+# %% ../nbs/01_data.ipynb #9d5ba657
 def _is_folder(e: os.DirEntry) -> bool:
     try: return e.is_dir()
     except OSError: return False  # a link in a circle
 
+# %% ../nbs/01_data.ipynb #71347775
 def _loose(d: str | Path) -> list[str]:
     "Names of the images that lie in a folder directly; none where it cannot be listed."
     try: return [e.name for e in _listed(d) if not _is_folder(e) and _is_image(e.path)]
@@ -280,6 +293,7 @@ def _walk(folder: Path, root: Path) -> tuple[list[str], list[Problem]]:
 def _tool_note(f: str) -> Problem:
     return _problem(f, "passed over", "holds thumbnails, or what a tool wrote; it was passed over.")
 
+# %% ../nbs/01_data.ipynb #32f0363f
 def _sort(e: os.DirEntry) -> str:
     "`file`, `folder`, or what is wrong with a directory entry. Links to files are followed, those to folders could lead anywhere."
     try:
@@ -320,6 +334,7 @@ def split_named(name: str) -> tuple[str, str]:
 # %% ../nbs/01_data.ipynb #6a6764cf
 def _circular(d: Path, root: Path) -> bool: return d.is_symlink() and root.resolve().is_relative_to(d.resolve())
 
+# %% ../nbs/01_data.ipynb #d317df10
 def _holds_images(d: Path) -> bool:
     "Whether an image lies in a folder or below it. One that cannot be listed may hold some."
     if not os.access(d, os.R_OK | os.X_OK): return True
@@ -328,6 +343,7 @@ def _holds_images(d: Path) -> bool:
         if any(_is_image(os.path.join(place, f)) for f in files if not _is_junk(f)): return True
     return False
 
+# %% ../nbs/01_data.ipynb #794b62e5
 def _inner(d: Path) -> list[Path]:
     "The folders in `d` below which there are images; none where it cannot be listed."
     if not os.access(d, os.R_OK | os.X_OK): return []
@@ -351,6 +367,7 @@ class _Layout:
     beside: list[Path]
     notes: list[Problem]
 
+# %% ../nbs/01_data.ipynb #96b17ae1
 def _split_classes(d: Path) -> tuple[Path, list[Path]]:
     "The level of a split at which its class folders lie, and those that hold images; none where its images lie in no class folder."
     level = _level(d, within=True)
@@ -450,6 +467,7 @@ def _pair_of_splits(one: tuple[str, str], two: tuple[str, str]) -> bool:
     "Whether two names, as `split_named` takes them apart, are those of splits of one thing: `cats-test` and `cats-train`, or `cats`."
     return one[1] == two[1] and one[0] != two[0] and bool({one[0], two[0]} & {"val", "test"})
 
+# %% ../nbs/01_data.ipynb #34c94fea
 def _may_be_class(d: Path, others: list[Path]) -> bool:
     "Whether a folder that is named like a split can be a class: `train` among other vehicles, `valid` beside `invalid`."
     return d.name.lower() == "train" and len(others) > 1 or any(o.name.lower().endswith(f"in{d.name.lower()}") for o in others)
@@ -462,6 +480,7 @@ def _lone_split(d: Path, root: Path, out: bool) -> Problem:
         return _problem(path, "split name", "is named like a split and holds no class folders; it was not taken for a class, so rename it if it is one.")
     return _problem(path, "split name", "is named like a split; it was taken for a class, so move it if it is none.")
 
+# %% ../nbs/01_data.ipynb #25b67a81
 def _look_like_splits(root: Path, folders: list[Path]) -> SFTError:
     "The error where split folders hold images and no class folders."
     names = _some([d.relative_to(root).as_posix() for d in folders])
@@ -478,6 +497,7 @@ def _table_hint(root: Path) -> str:
 # %% ../nbs/01_data.ipynb #ae0f34eb
 def _not_a_picture(f: str) -> Problem: return _problem(f, "not a picture", "is not a picture by its name; it was left out.")
 
+# %% ../nbs/01_data.ipynb #88898cf1
 def _strays(root: Path, layout: _Layout) -> list[Problem]:
     "Problems of kind no class: images outside of the class folders, and folders beside the splits."
     loose = [(d / name).relative_to(root).as_posix() for d in layout.levels for name in _loose(d)]
@@ -521,12 +541,14 @@ def _folder_rows(root: Path) -> tuple[list[tuple[str, str, str]], list[Problem]]
 # %% ../nbs/01_data.ipynb #493f45ab
 def _tools_in(d: Path) -> list[Path]: return [d / e.name for e in _listed(d) if _is_folder(e) and _is_tools(e.path)]
 
+# %% ../nbs/01_data.ipynb #a017cd74
 def _empty(rows: list[tuple[str, str, str]], layout: _Layout) -> list[Problem]:
     "Problems of kind empty class: folders of the training part without an image."
     some = {c for _, c, part in rows if part == "train"}
     names = sorted({c for _, c, part in layout.classes if part == "train"} - some)
     return [Problem(c, "empty class", f"class {c!r} holds no training pictures; it was left out.") for c in names]
 
+# %% ../nbs/01_data.ipynb #c8b96eae
 def _from_folder(root: Path) -> Catalog:
     "Everything that lies below `root`, as one catalog."
     return _catalog(root, *_folder_rows(root), hint=_table_hint(root))
@@ -557,6 +579,7 @@ def _reasons(c: Catalog, lost: Sequence[str]) -> str:
     found = [known[f] for f in lost if f in known]
     return f": {_first(found)}" if found else ""
 
+# %% ../nbs/01_data.ipynb #4106a214
 def nothing_left(c: Catalog, before: Catalog) -> SFTError:
     "The error where no image of catalog `before` can be read: how many of each extension there were, and the first three reasons."
     reasons = _reasons(c, before.files)
@@ -570,6 +593,7 @@ def require_test(c: Catalog) -> None:
     raise SFTError(f"{printable(c.root)}: no class has three images, so none is left to test with; add "
                    "images, or give a test split.")
 
+# %% ../nbs/01_data.ipynb #12beda78
 def require_parts(c: Catalog, before: Catalog) -> None:
     "Raise `SFTError` where a part of the catalog `before` has no image in `c`: a test without images would measure nothing."
     for part in ("train", "val", "test"):
@@ -583,6 +607,7 @@ def require_parts(c: Catalog, before: Catalog) -> None:
 LEFT_OUT = ("not a picture", "no file", "no class", "unreadable folder", "empty class", "untrained class", "missing", "outside", "unreadable",
             "too large", "changed")  # kinds of problems that cost a file; the others are things to look at
 
+# %% ../nbs/01_data.ipynb #6cddafd5
 def require_whole(c: Catalog) -> None:
     "Raise `SFTError`, which counts what was left out and names the first, if anything was."
     lost = [p for p in c.problems if p.kind in LEFT_OUT]
@@ -613,6 +638,7 @@ def _require_train(c: Catalog) -> None:
     raise SFTError(f"{printable(c.root)}: there is no train split here ({there}); add it, or rename the one "
                    "to learn from to train.")
 
+# %% ../nbs/01_data.ipynb #f54928b3
 def _untested(c: Catalog, part: np.ndarray) -> tuple[Problem, ...]:
     "Problems of kind untested: classes with two images, both of which are needed to train."
     rare = sorted(set(range(len(c.classes))) - set(c.labels[part == "test"].tolist()))
@@ -916,6 +942,7 @@ def _rename(temp: Path, folder: Path) -> None:
     if not folder.exists(): temp.rename(folder)
     os.utime(folder)
 
+# %% ../nbs/01_data.ipynb #ae5f741d
 @contextmanager
 def _room(place: Path) -> Iterator[None]:
     "A full disk, or one that may not be written to, as one sentence."
@@ -953,6 +980,7 @@ def _names_of(data: Any) -> list[str] | None:
 # %% ../nbs/01_data.ipynb #a5e0850d
 IMAGE_KEYS, LABEL_KEYS = ("image", "img", "picture"), ("label", "labels", "class", "target")
 
+# %% ../nbs/01_data.ipynb #83a5a83c
 def _items(data: Any) -> Iterator[Any]:
     "The items of a data set, by their numbers where it has a length: the iteration of torch's own need not end."
     numbered = hasattr(data, "__len__") and hasattr(data, "__getitem__")
@@ -979,6 +1007,7 @@ def _pair_in(item: Any, n: int) -> tuple[Any, Any]:
 # %% ../nbs/01_data.ipynb #478d57bf
 _Given = tuple[Path, list[tuple[str, str, str]], list[Problem], list[str]]  # folder, (file, class, part) rows, problems, classes
 
+# %% ../nbs/01_data.ipynb #9cf2e162
 def _of_images(images: Iterable[Any], labels: list, given: Path, total: int | None, names: Sequence[str] | None = None) -> _Given:
     "Images that are no files, with their labels; these may come into being while the images are gone through."
     folder, n = _write_images(images, given, total)
@@ -1106,6 +1135,7 @@ def read_picture(source: str | Path | bytes | BinaryIO | Image.Image | np.ndarra
     """
     return _with_image(source, size, lambda im: _square(im, size, levels))
 
+# %% ../nbs/01_data.ipynb #354f8bcd
 def _with_image(source, size: int, work: Callable[[Image.Image], Any]) -> Any:
     "What `work` makes of an image, decoded and whole. Large images wait for one another."
     if hasattr(source, "read"): source = source.read()
@@ -1113,6 +1143,7 @@ def _with_image(source, size: int, work: Callable[[Image.Image], Any]) -> Any:
         if not _is_large(im, size): return _decoded(im, source, work)
         with _large, ThreadPoolExecutor(1) as thread: return thread.submit(_decoded, im, source, work).result()
 
+# %% ../nbs/01_data.ipynb #b1d3fb3b
 def _decoded(im: Image.Image, source, work: Callable[[Image.Image], Any]) -> Any:
     im.load()
     if _ends_grey(im) and _cut_short(source): raise ValueError("it is cut off")
@@ -1126,6 +1157,7 @@ def _is_deep(im: Image.Image) -> bool:
     "Whether it holds greys of more than 8 bits."
     return im.mode.startswith("I") or im.mode == "F"
 
+# %% ../nbs/01_data.ipynb #df9983a6
 def _square(im: Image.Image, size: int, levels: tuple[float, float] | None = None) -> np.ndarray:
     try: ImageOps.exif_transpose(im, in_place=True)
     except Exception: pass  # where the EXIF is damaged, the picture is not
@@ -1141,6 +1173,7 @@ def _extremes(im: Image.Image) -> tuple[float, float]:
     if not known.size: raise ValueError("it holds no number")
     return float(known.min()), float(known.max())
 
+# %% ../nbs/01_data.ipynb #a0ce61d9
 def _eight_bits(im: Image.Image, levels: tuple[float, float] | None = None) -> Image.Image:
     "16-bit, 32-bit and float greys, of which `levels` become 0 and 255. What is no number becomes black."
     own = _extremes(im)
@@ -1152,6 +1185,7 @@ def _eight_bits(im: Image.Image, levels: tuple[float, float] | None = None) -> I
 # %% ../nbs/01_data.ipynb #68d3c199
 _large = threading.Lock()  # and a thread of their own: what one thread has freed, the C library does not always give to another
 
+# %% ../nbs/01_data.ipynb #f4a60a4b
 def _opened(source) -> Image.Image:
     "The image in a file or its bytes, whatever the name says, if it is one of `FORMATS`; its pixels are not read yet. Or a copy of what was given."
     if isinstance(source, Image.Image): return _copy_of(source)
@@ -1160,6 +1194,7 @@ def _opened(source) -> Image.Image:
     add_formats()
     return Image.open(_stream(source), formats=[f for f in FORMATS if f in Image.OPEN])
 
+# %% ../nbs/01_data.ipynb #6875f39b
 def _is_large(im: Image.Image, size: int) -> bool:
     "Ask for no more pixels than `size` needs; refuse to fill the memory with them; whether a picture must wait in line."
     whole, most = im.size, Image.MAX_IMAGE_PIXELS or float("inf")
@@ -1173,11 +1208,13 @@ def _stream(source) -> str | Path | BytesIO:
     "What PIL can open: a path, or a file in memory."
     return BytesIO(source) if isinstance(source, bytes) else source
 
+# %% ../nbs/01_data.ipynb #aa37f214
 def _copy_of(im: Image.Image) -> Image.Image:
     "An upright copy: the image that was given stays as it is."
     try: return ImageOps.exif_transpose(im)
     except Exception: return im.copy()  # its EXIF is damaged, or it cannot be decoded, which this says too
 
+# %% ../nbs/01_data.ipynb #8a24f355
 def _from_array(x: np.ndarray) -> Image.Image:
     "An array as an image: uint8 greys, RGB or RGBA; other numbers (h, w) are greys of more than 8 bits."
     if x.size and x.dtype == np.uint8 and (x.ndim == 2 or x.ndim == 3 and x.shape[2] in (3, 4)): return Image.fromarray(x)
@@ -1191,6 +1228,7 @@ class _Switch:
     readers = 0
     before = False
 
+# %% ../nbs/01_data.ipynb #491f9727
 @contextmanager
 def _whole_images_only():
     "Files that are cut off are errors meanwhile, whatever the program around us asked of PIL."
@@ -1210,6 +1248,7 @@ def _ends_grey(im: Image.Image) -> bool:
     last = im.getpixel((im.width - 1, im.height - 1)) if im.format in ("JPEG", "MPO") else 0
     return all(v in (127, 128) for v in (last if isinstance(last, tuple) else (last,)))
 
+# %% ../nbs/01_data.ipynb #e1de907b
 def _cut_short(source: str | Path | bytes) -> bool:
     "Whether the data of a JPEG end before the picture does, although it has an end mark."
     data, at = source if isinstance(source, bytes) else Path(source).read_bytes(), 2
@@ -1238,6 +1277,7 @@ _SIGNS = ((b"%!ps", "it is PostScript, a program, which is not run"), (b"%pdf", 
           (b"<html", "it is a web page"), (b"<!doctype html", "it is a web page"), (b"pk\3\4", "it is a ZIP archive"), (b"git-lfs", "it is a pointer of Git LFS; fetch the files by git lfs pull"),
           (b"ftypavi", "it is AVIF, damaged or newer than this Pillow"), *((b"ftyp" + brand, HEIC) for brand in (b"hei", b"hev", b"mif1", b"msf1")))
 
+# %% ../nbs/01_data.ipynb #4c739692
 def _content(source: Path | bytes) -> str:
     "What a file is that is no image, given as its path or as its bytes."
     if isinstance(source, bytes): head = source[:1000].lower()
@@ -1247,10 +1287,12 @@ def _content(source: Path | bytes) -> str:
     text = next((text for sign, text in _SIGNS if sign in head), f"its content is none of {', '.join(FORMATS)}, or damaged at its head")
     return "it is HEIC, damaged or newer than the pillow-heif of sft_course[heic]" if text == HEIC and add_formats() else text
 
+# %% ../nbs/01_data.ipynb #25be30b3
 def why_unreadable(source: Path | bytes, e: Exception) -> str:
     "What is the matter with an image that could not be read, in a few words; source: its path, or the bytes of the file."
     return _why(source, e)[1]
 
+# %% ../nbs/01_data.ipynb #7fe0f180
 def _why(path: Path | bytes, e: Exception) -> tuple[str, str]:
     "(kind, reason) of an image that could not be read."
     text = printable(str(e).split("\n")[0])
@@ -1282,6 +1324,7 @@ def _state(path: Path) -> list | None:
     except (OSError, ValueError): return None
     return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, os.access(path, os.R_OK)]
 
+# %% ../nbs/01_data.ipynb #2693f42c
 def _digest(path: Path) -> str | None:
     "A hash of what a file holds; None where it cannot be read."
     h = hashlib.blake2b(digest_size=16)
@@ -1292,6 +1335,7 @@ def _digest(path: Path) -> str | None:
     except (OSError, ValueError): return None
     return h.hexdigest()
 
+# %% ../nbs/01_data.ipynb #0b98683f
 def _hashed(what: Any) -> str:
     return hashlib.blake2b(json.dumps(what).encode(), digest_size=12).hexdigest()
 
@@ -1337,6 +1381,7 @@ class _Decoded:
         "Whether it is what comes out with these levels."
         return not self.deep or (self.levels == levels if levels else not self.given)
 
+# %% ../nbs/01_data.ipynb #a8a7562e
 def _cached(folder: Path, asked: _Asked, passing: bool = False) -> _Decoded | None:
     "What `_decode` wrote; None where there is nothing, or it is damaged, or, unless `passing`, holds findings that may have passed."
     try:
@@ -1372,6 +1417,7 @@ def decode_once(catalog: Catalog, size: int, cache_dir: str | Path, to_learn: bo
     elif not len(good): raise nothing_left(good, catalog)
     return PixelCache(good, found.pixels, found.folder.name, found.levels, tuple(d for d, r in zip(found.digests, read) if r))
 
+# %% ../nbs/01_data.ipynb #78d75ad2
 def _deep_note(found: _Decoded) -> tuple[Problem, ...]:
     "That deep greys were scaled, and how: a note, nothing is left out."
     if not found.levels: return ()
@@ -1390,9 +1436,11 @@ def _found(asked: _Asked, place: Path) -> _Decoded | None:
         if found and found.digests == digests and found.suits(asked.levels): return _used(found, asked)
     return None
 
+# %% ../nbs/01_data.ipynb #1ee2a316
 def _digests(c: Catalog) -> list[str | None]:
     with ThreadPoolExecutor() as pool, progress(pool.map(_digest, [c.root / f for f in c.files]), total=len(c), desc="compare") as bar: return list(bar)
 
+# %% ../nbs/01_data.ipynb #521dc464
 def _used(found: _Decoded, asked: _Asked) -> _Decoded:
     "Notes that it was used now, and by which files, for the quick check next time."
     with suppress(OSError):  # a cache that one may only read is a cache
@@ -1425,11 +1473,13 @@ def _holds_deep_greys(path: Path) -> bool:
         with _opened(path) as im: return _is_deep(im)
     return False
 
+# %% ../nbs/01_data.ipynb #29956f16
 def _range_of(path: Path, size: int) -> tuple[float, float] | None:
     "Least and greatest grey of a file."
     with suppress(Exception): return _with_image(path, size, _extremes)
     return None
 
+# %% ../nbs/01_data.ipynb #9e2b2fbc
 def _levels_for(asked: _Asked, deep: list[str], pool: ThreadPoolExecutor) -> tuple[float, float] | None:
     "The levels that are given, else the range over all deep images; None where there are none."
     if asked.levels or not deep: return asked.levels if deep else None
@@ -1458,6 +1508,7 @@ def _decode(asked: _Asked, place: Path) -> _Decoded:
         raise SFTError(f"{place}: decoded pictures cannot be kept there ({e.strerror or e}); make room, or set another `cache` in settings.ini.") from None
     finally: temp and shutil.rmtree(temp, ignore_errors=True)
 
+# %% ../nbs/01_data.ipynb #df438070
 def _require_disk(asked: _Asked, place: Path) -> None:
     "Raise `OSError` where the decoded images cannot fit, before hours are spent; they lie there twice for a moment."
     need, free = 2 * len(asked.catalog) * asked.size**2 * 3, shutil.disk_usage(place).free
@@ -1480,6 +1531,7 @@ def _decode_all(asked: _Asked, raw: Path) -> dict:
                     bar.update()
     return {"problems": problems, "passing": passing, "digests": digests, "levels": levels, "given": bool(asked.levels and deep), "deep": deep}
 
+# %% ../nbs/01_data.ipynb #26dc503d
 def _slices(n: int, size: int) -> list[range]:
     "Numbers from 0 to n in pieces whose decoded images, which wait in memory, take 64 MB at most."
     step = max(16, min(512, (1 << 26) // (size**2 * 3)))
@@ -1493,6 +1545,7 @@ def _quiet():
         warnings.simplefilter("ignore")
         yield
 
+# %% ../nbs/01_data.ipynb #7bc8c1d7
 def _finish(temp: Path, n: int, asked: _Asked, said: dict) -> None:
     (temp / "left_out.json").write_text(json.dumps(said), encoding="utf-8")
     if asked.settled and not said["passing"]: (temp / asked.seen).touch()
@@ -1511,6 +1564,7 @@ def decoded_size(size: int, crop: float = .875) -> int:
 KEPT = {"pixels": r"[0-9a-f]{24}(-[0-9a-f]{24})?", "activations": r"[0-9a-f]{24}\.npy", "given": r"[0-9a-f]{8,}"}  # what we name so, and no other file
 _UNFINISHED = r"\.new-.*|\.[0-9a-f]{24}\.npy.*"  # what a killed run leaves
 
+# %% ../nbs/01_data.ipynb #efbcc944
 @dataclass(frozen=True)
 class _Entry:
     "A file or folder of the cache, its bytes, and when it was last used."
@@ -1519,6 +1573,7 @@ class _Entry:
     used: float
     unfinished: bool
 
+# %% ../nbs/01_data.ipynb #ca1e9574
 def _sizes(path: Path) -> list[int]:
     "Bytes of a file, or of all files in a folder; what vanishes meanwhile counts nothing."
     found = []
@@ -1527,6 +1582,7 @@ def _sizes(path: Path) -> list[int]:
             if f.is_file(): found.append(f.stat().st_size)
     return found
 
+# %% ../nbs/01_data.ipynb #c3a5b79f
 def _entries(cache_dir: str | Path, kinds: Iterable[str]) -> list[_Entry]:
     "What lies there, least recently used first."
     found = []
@@ -1546,10 +1602,12 @@ def cache_summary(cache_dir: str | Path) -> list[dict[str, Any]]:
         if sizes: rows.append({"kind": kind, "files": len(sizes), "bytes": sum(sizes)})
     return rows
 
+# %% ../nbs/01_data.ipynb #bc7c7eb9
 def clear_cache(cache_dir: str | Path) -> int:
     "Remove what can be computed again: decoded images, activations and copies of images given in memory. Returns the bytes that became free."
     return sum(_remove(e) for e in _entries(cache_dir, KEPT))
 
+# %% ../nbs/01_data.ipynb #9c6cd3fd
 def evict(cache_dir: str | Path, budget_bytes: float, keep: Iterable[Path] = ()) -> int:
     """Remove decoded images and activations, the least recently used first, until the rest takes `budget_bytes` at most.
 
@@ -1566,6 +1624,7 @@ def evict(cache_dir: str | Path, budget_bytes: float, keep: Iterable[Path] = ())
         over, freed = over - gone, freed + gone
     return freed
 
+# %% ../nbs/01_data.ipynb #c7e4dd71
 def _remove(e: _Entry) -> int:
     "The bytes that became free. A file that a program on Windows has open stays."
     shutil.rmtree(e.path, ignore_errors=True)
@@ -1587,6 +1646,7 @@ def free_memory() -> int | None:
         with suppress(AttributeError, OSError, ValueError): found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return max(0, min(found)) if found else None
 
+# %% ../nbs/01_data.ipynb #c65bf639
 def require_memory(n: int, size: int, bytes_each: float = 0, free: float | None = None) -> None:
     """Raise `SFTError` where `n` images of `size` × `size` pixels in the network together need more memory than there is.
 
@@ -1617,6 +1677,7 @@ def difference_hash(pixels: np.ndarray) -> np.ndarray:
 
 ONES = np.array([bin(i).count("1") for i in range(1 << 16)], np.uint8)  # how many bits of a 16-bit number are set
 
+# %% ../nbs/01_data.ipynb #c34c7989
 def bits_apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "Hamming distance (n,) of two arrays (n,) of 64-bit hashes."
     return ONES[(a ^ b).reshape(-1, 1).view(np.uint16)].sum(1)
@@ -1663,6 +1724,7 @@ def _same_files(c: Catalog, digests: Sequence[str | None] = ()) -> list[tuple[in
     pairs = [(first.setdefault(d, i), i) for i, d in enumerate(digests or _digests_of_twins(c)) if d]
     return [(i, j) for i, j in pairs if i != j]
 
+# %% ../nbs/01_data.ipynb #c44b1bc7
 def _digests_of_twins(c: Catalog) -> list[str | None]:
     "Hashes of those files that have the length of another; only they can be copies."
     sizes = [(_state(c.root / f) or (None,))[0] for f in c.files]
@@ -1672,10 +1734,12 @@ def _digests_of_twins(c: Catalog) -> list[str | None]:
 # %% ../nbs/01_data.ipynb #d9dae860
 BLANK = 4.  # standard deviation of the greys, of 255, below which a picture shows nothing
 
+# %% ../nbs/01_data.ipynb #cbb18174
 def _contrast(pixels: np.ndarray) -> np.ndarray:
     "Standard deviation (n,) of each picture's greys, over a grid of 32 × 32 cells."
     return _cells(pixels, 32, 32).std((1, 2))
 
+# %% ../nbs/01_data.ipynb #32aed984
 class _Prints:
     "What images (n, s, s, 3) are compared by: hashes and small greys, as they are and mirrored."
     def __init__(self, pixels: np.ndarray):
@@ -1720,6 +1784,7 @@ def _look_alikes(pixels: np.ndarray, rows: np.ndarray | None = None, reach: int 
     pairs = [(int(a), int(b)) for a, b in zip(i[loose], j[loose])]
     return pairs + [p for crowd in crowds for p in _standing_out(pixels, crowd)], crowds
 
+# %% ../nbs/01_data.ipynb #57873957
 def _near_pairs(prints: _Prints, some: np.ndarray, reach: int) -> tuple[np.ndarray, np.ndarray]:
     "Pairs of images `some` that look the same."
     h, m = prints.hash[some], prints.mirrored[some]
@@ -1732,6 +1797,7 @@ def _near_pairs(prints: _Prints, some: np.ndarray, reach: int) -> tuple[np.ndarr
 # %% ../nbs/01_data.ipynb #d1c0de28
 CROWD = 50  # with more look-alikes than that, to look alike is no sign of a copy
 
+# %% ../nbs/01_data.ipynb #61af2369
 def _crowds(prints: _Prints, some: np.ndarray, reach: int, leaders: int = 256) -> list[np.ndarray]:
     "Groups of images `some` around those that look like more than `CROWD` others."
     found, left = [], some
@@ -1744,6 +1810,7 @@ def _crowds(prints: _Prints, some: np.ndarray, reach: int, leaders: int = 256) -
         left = left[~near.any(0)]
     return found
 
+# %% ../nbs/01_data.ipynb #5e7fb8df
 def _connected(n: int, pairs: Iterable[tuple[int, int]]) -> list[np.ndarray]:
     "The groups, each sorted, into which pairs connect the numbers below n, in the order of their first."
     i, j = np.array(list(pairs), dtype=np.int64).reshape(-1, 2).T
@@ -1780,6 +1847,7 @@ def _copies(cache: PixelCache) -> list[Problem]:
     for pair in sorted(how): edges.setdefault(of[pair[0]], []).append(pair)
     return [p for number, g in enumerate(groups) for p in _group(c, g, edges[number], how)] + [_crowd(c, crowd) for crowd in crowds]
 
+# %% ../nbs/01_data.ipynb #5881ccc1
 def _group(c: Catalog, group: np.ndarray, edges: list[tuple[int, int]], how: dict) -> list[Problem]:
     "What is to be said of a group of copies, by one of its pairs for each kind."
     def first(differ): return next(([pair] for pair in edges if differ[pair[0]] != differ[pair[1]]), [])
@@ -1789,6 +1857,7 @@ def _group(c: Catalog, group: np.ndarray, edges: list[tuple[int, int]], how: dic
         for p in _pair(c, *pair, how[pair], rest): told.setdefault(p.kind, p)
     return list(told.values())
 
+# %% ../nbs/01_data.ipynb #52beda20
 def _pair(c: Catalog, i: int, j: int, how: str, rest: Sequence[str] = ()) -> list[Problem]:
     "What is to be said of two copies; `rest`: others of the same group."
     a, b, kinds = c.files[i], c.files[j], []
@@ -1807,6 +1876,7 @@ def _crowd(c: Catalog, crowd: np.ndarray) -> Problem:
     return _problem(c.files[elsewhere], "look-alikes", f"is one of {len(crowd)} pictures that look much alike ({parts}), so of copies among them only some were "
                     "found; where they show the same thing (a patient, a film, a day), keep that in one part.", c.files[crowd[0]])
 
+# %% ../nbs/01_data.ipynb #293a3587
 def find_leaks(cache: PixelCache) -> tuple[Problem, ...]:
     "What `inspect` knows of copies in two parts of a data set or with two labels: that decides whether a result means anything."
     c = cache.catalog
@@ -1839,6 +1909,7 @@ def _head(root: Path, f: str) -> tuple[tuple[int, int] | None, list[Problem]]:
             return im.size, found
     except Exception: return None, [_problem(f, "changed", "changed or vanished after it was decoded; look at it and run again.")]
 
+# %% ../nbs/01_data.ipynb #12b90f1d
 def _broken_exif(im: Image.Image) -> bool:
     try: return im.getexif().get(0x0112, 1) not in range(1, 9) or not re.match(rb"$|(Exif\0\0)?(II\*\0|MM\0\*)", im.info.get("exif", b""))
     except Exception: return True
@@ -1874,6 +1945,7 @@ def _blank(cache: PixelCache) -> list[Problem]:
     return [_problem(files[i], "blank", "shows nearly nothing, one even colour; it was kept, but look at it.")
             for i in np.flatnonzero(_contrast(cache.pixels) < BLANK)]
 
+# %% ../nbs/01_data.ipynb #959ac1dc
 def _balance(c: Catalog) -> list[Problem]:
     "Problems of kind imbalance (a class under a tenth of the largest) and untested (a class that no test picture shows)."
     learn, test = (np.bincount(c.labels[mask], minlength=len(c.classes)) for mask in (c.part != "test", c.part == "test"))
@@ -1923,6 +1995,7 @@ def look(pixels: np.ndarray, theta: np.ndarray, size: int, mean, std, device="cp
     mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) * 255 for v in (mean, std))
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
+# %% ../nbs/01_data.ipynb #4d1402e2
 def plain_view(n: int, zoom: float, flip: bool = False) -> np.ndarray:
     "float32 (n, 2, 3): the centre of each decoded picture, `zoom` of its side, mirrored if `flip`."
     return np.tile(np.float32([[-zoom if flip else zoom, 0, 0], [0, zoom, 0]]), (n, 1, 1))
@@ -1951,6 +2024,7 @@ def random_colour(n: int, seed, strength: float = .4) -> np.ndarray:
     grey = np.tile([.299, .587, .114], (3, 1))
     return np.concatenate([b * k * (s * np.eye(3) + (1 - s) * grey), np.broadcast_to((1 - k) / 2, (n, 3, 1))], 2).astype(np.float32)
 
+# %% ../nbs/01_data.ipynb #60cdc71d
 def recolour(x, colour: np.ndarray, mean, std):
     "Pictures (b, 3, h, w) as `look` returns them, each with its own map of colours (b, 3, 4) applied, on their device."
     import torch

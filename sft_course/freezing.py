@@ -73,6 +73,7 @@ class _StageTracer(fx.Tracer):
 
     def is_leaf_module(self, m, name): return not any(u.startswith(name + ".") for u in self.units)
 
+# %% ../nbs/05_frozen_head.ipynb #71a2188a
 def split_at(backbone: Backbone, stage: int) -> tuple[nn.Module, nn.Module]:
     """(lower, upper): the network as two functions, `upper` beginning with `stages[stage]`. They share its weights.
 
@@ -171,11 +172,13 @@ def fold_batch_norms(module: nn.Module, example: torch.Tensor) -> nn.Module:
                 for old, new in ((layer, fused), (norm, rest)): _replace(folded, names[old][0], new)
         return folded.eval() if _agree(folded(noise), want) else copy.deepcopy(module).eval()
 
+# %% ../nbs/05_frozen_head.ipynb #4f44aeed
 def fold_for(lower: nn.Module, size: int) -> nn.Module:
     "`fold_batch_norms` of a function of pictures of `size` pixels; its own copy where there is nothing left to fold."
     example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
     return fold_batch_norms(lower, example.to(next(iter(lower.state_dict().values()), example).device))
 
+# %% ../nbs/05_frozen_head.ipynb #7b4149db
 def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(parent), leaf, new)
@@ -204,10 +207,12 @@ def _bytes(t: torch.Tensor) -> bytes:
 # %% ../nbs/05_frozen_head.ipynb #d1c0de52
 _LIBRARIES = ("builtins", "numpy", "torch", "torchvision", "timm")  # their versions are in the key
 
+# %% ../nbs/05_frozen_head.ipynb #8d6c60cf
 def _ours(x) -> bool:
     "Whether a function or class comes from no library."
     return (getattr(x, "__module__", None) or "").partition(".")[0] not in _LIBRARIES
 
+# %% ../nbs/05_frozen_head.ipynb #9a004efe
 class _Described:
     """`text(x)` changes when what `x` holds or does changes, and is the same in the next process.
 
@@ -242,6 +247,7 @@ def _names(code: types.CodeType) -> set[str]:
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
     return set(code.co_names).union(*map(_names, inner))
 
+# %% ../nbs/05_frozen_head.ipynb #9fe96720
 def _function(self: _Described, f: types.FunctionType, depth: int) -> str:
     "Its code, defaults and captured values; outside of libraries also the functions and values that it takes from its module."
     used = {}
@@ -253,6 +259,7 @@ def _function(self: _Described, f: types.FunctionType, depth: int) -> str:
         with suppress(ValueError): captured.append(cell.cell_contents)  # one that is still empty
     return self.text([f.__code__, f.__defaults__, f.__kwdefaults__, captured, used], depth + 1)
 
+# %% ../nbs/05_frozen_head.ipynb #2dce625c
 def _methods(self: _Described, cls: type, depth: int = 0) -> str:
     "Name and methods of a class and of those it is made from, up to torch's own."
     found = [f"{cls.__module__}.{cls.__qualname__}"]
@@ -268,6 +275,7 @@ _Described.function, _Described.methods = _function, _methods
 _PLACES = {"_parameters", "_buffers", "_modules", "training", "__doc__", "_non_persistent_buffers_set"}  # in the key of the weights, or of no effect here
 _LABELS = {"num_classes", "default_cfg", "pretrained_cfg", "pretrained_cfg_overlay"}  # what timm notes about a network
 
+# %% ../nbs/05_frozen_head.ipynb #7912ae42
 def _module(self: _Described, m: nn.Module) -> str:
     "What a module does and is set to, and the modules in it."
     if isinstance(m, fx.GraphModule): own = [m.code]
@@ -280,10 +288,12 @@ def _module(self: _Described, m: nn.Module) -> str:
 
 _Described.module = _module
 
+# %% ../nbs/05_frozen_head.ipynb #b8f780c5
 def lower_code(lower: nn.Module) -> str:
     "A hash of what `lower` runs: code and settings of its layers, down to the last leaf. The same weights can be used in more ways than one."
     return hashlib.blake2b(_Described().text(lower).encode(errors="surrogatepass"), digest_size=12).hexdigest()
 
+# %% ../nbs/05_frozen_head.ipynb #73b1216d
 def _made_by(device) -> str:
     "What else decides the last bits of a feature: versions, processor, and the order of its sums, which depends on the number of threads."
     import timm, torchvision
@@ -311,6 +321,7 @@ def activations(lower: nn.Module, backbone: Backbone, pixels: PixelCache, theta:
     with suppress(OSError): os.utime(path)  # used now
     return np.load(path, mmap_mode="r") if len(rows) else np.load(path)
 
+# %% ../nbs/05_frozen_head.ipynb #7765fb7e
 def _key(lower: nn.Module, backbone: Backbone, pixels: PixelCache, theta: np.ndarray, size: int, rows: np.ndarray, device) -> str:
     "A hash of everything that activations depend on."
     key = hashlib.blake2b(digest_size=12)
@@ -333,6 +344,7 @@ def _is_whole(path: Path, n: int) -> bool:
 class _TooLarge(Exception):
     "A value that 16 bits cannot hold."
 
+# %% ../nbs/05_frozen_head.ipynb #36b2c25a
 @dataclass(frozen=True)
 class _Job:
     "What is to be computed: the arguments of `activations`, with `lower` folded and on its device."
@@ -406,6 +418,7 @@ def _held(job: _Job, views: int) -> "np.ndarray | Recomputed":
             return out
     raise AssertionError("32 bits hold every finite value")
 
+# %% ../nbs/05_frozen_head.ipynb #7d5a4526
 class Recomputed:
     "Activations (n, …) of which nothing is kept: what is asked for, by rows and then columns, is computed then."
     def __init__(self, job: _Job):
@@ -497,6 +510,7 @@ def _trace(features: _StageFeatures, units: Sequence[str]) -> fx.GraphModule:
         raise ValueError("a part with weights is not in the graph")
     return traced
 
+# %% ../nbs/05_frozen_head.ipynb #be9a64e0
 def _as_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     "A module of the graph without what leads nowhere. It does not name our tracer, so it can be read without this package."
     plain = fx.Graph()
@@ -506,6 +520,7 @@ def _as_module(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     module.recompile()
     return module
 
+# %% ../nbs/05_frozen_head.ipynb #5dd4fb97
 def _traced_where_equal(features: _StageFeatures, units: Sequence[str], x: torch.Tensor) -> _StageFeatures:
     "The features with the traced network in place, if it makes the same numbers of `x`; else as they are."
     try:
@@ -577,6 +592,7 @@ class EveryStage(nn.Module):
         if not self.features.traced: return self
         with evaluation_mode(self): return _as_module(self, _Opener().trace(self))
 
+# %% ../nbs/05_frozen_head.ipynb #ddb67d34
 class _Opener(fx.Tracer):
     "Traces into the course's own modules, and not into the network's."
     def is_leaf_module(self, m, name): return name not in ("features", "features.model")
@@ -669,6 +685,7 @@ class HeadChoice:
     error: float
     scores: tuple[dict[str, Any], ...]
 
+# %% ../nbs/05_frozen_head.ipynb #5cd98f4e
 def _folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
     "A fold (n,) for each picture, every class spread evenly over all."
     rng, order = np.random.default_rng(seed), np.zeros(len(labels), np.int64)

@@ -60,6 +60,7 @@ class Phase:
             if not fine:
                 raise SFTError(f"Phase: {name} = {value} is out of range.")
 
+# %% ../nbs/09_recipe.ipynb #f654a061
 def _count(value, low: int) -> bool:
     "Whether `value` is a whole number, `low` or more."
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
@@ -218,10 +219,12 @@ def _needed(module: str, package: str, watch: str):
     except ImportError:
         raise SFTError(f"watch = {watch!r}: the package {package} is not installed; pip install {package}, or leave watch out.") from None
 
+# %% ../nbs/09_recipe.ipynb #c26c012f
 def _scalars(row: dict) -> dict[str, float]:
     "What of a row can be drawn."
     return {k: v for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
+# %% ../nbs/09_recipe.ipynb #2cc5d3d4
 class _ToTensorboard:
     "Event files for TensorBoard in the folder `tensorboard` of the run."
     def __init__(self, out: Path):
@@ -274,6 +277,7 @@ class _ToWandb:
 # %% ../nbs/09_recipe.ipynb #8e1b7125
 _WATCHERS = {"csv": _ToCsv, "tensorboard": _ToTensorboard, "wandb": _ToWandb}
 
+# %% ../nbs/09_recipe.ipynb #8a68c8e4
 def _watcher(watch: Callable[[dict], Any] | str | None, out: Path | None) -> Callable[[dict], Any] | None:
     "What is called with the row of each epoch: a function as it is, or what a name stands for."
     if watch is None or callable(watch):
@@ -290,6 +294,7 @@ def _bytes_of_one(backbone: Backbone, size: int) -> float:
     kept = sum(row["activation_bytes"] for row in account(backbone, backbone.size))
     return kept * (size / backbone.size) ** 2
 
+# %% ../nbs/09_recipe.ipynb #a8da7a0f
 def _free_on(device: torch.device) -> int | None:
     "Free bytes on a GPU; None for the processor, where the system says."
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
@@ -366,6 +371,7 @@ class FineTuner:
         if text and self.say:
             self.say(text)
 
+# %% ../nbs/09_recipe.ipynb #0a142f3e
 def _folder(out: str | Path | None) -> Path | None:
     "The folder to write to, with ~ written out."
     if out is None:
@@ -399,6 +405,7 @@ def run_phase(tuner: FineTuner, phase: Phase) -> FineTuner:
         _run_phase(tuner, phase, False, {})
     return tuner
 
+# %% ../nbs/09_recipe.ipynb #fc0a4c78
 def _require_place(tuner: FineTuner, resume: bool = False) -> None:
     "Raise `SFTError` where files of another run, or of a person, would be replaced: before the training, not after it."
     if tuner.out is None or tuner.began:
@@ -417,6 +424,7 @@ def _begin(tuner: FineTuner, resume: bool = False) -> None:
                        f"such as {free_name(tuner.out)}.")
     tuner.began = True
 
+# %% ../nbs/09_recipe.ipynb #304ebe5d
 def _run_phase(tuner: FineTuner, phase: Phase, resume: bool, plan: dict) -> None:
     "resume: go on in the middle of it, from `last.ckpt`."
     run = _so_far(tuner, plan)
@@ -430,6 +438,7 @@ def _run_phase(tuner: FineTuner, phase: Phase, resume: bool, plan: dict) -> None
         save_checkpoint(tuner.out / "last.ckpt", tuner.backbone.model, None, also=_so_far(tuner, plan))
     _show(tuner)
 
+# %% ../nbs/09_recipe.ipynb #8f21f8a8
 def _so_far(tuner: FineTuner, plan: dict) -> dict:
     "All that a phase starts from, but for what can be computed again, as `save_checkpoint` can write it."
     return {"plan": plan, "done": len(tuner.done), "history": list(tuner.history), "notes": list(tuner.notes), "start": tuner.start,
@@ -440,10 +449,12 @@ def _name(phase: Phase) -> str:
     "What trains in a phase, in words."
     return {"head": "head", "all": "all stages"}.get(phase.train, f"upper {phase.train} stages")
 
+# %% ../nbs/09_recipe.ipynb #7712db44
 def _log(tuner: FineTuner, phase: Phase, row: dict, lr: float | None = None) -> None:
     "An epoch's row goes to the end of the history."
     tuner.history.append({"phase": len(tuner.done), "train": phase.train, "epoch": row["epoch"], "lr": lr} | row)
 
+# %% ../nbs/09_recipe.ipynb #e938c513
 def _show(tuner: FineTuner) -> None:
     "The last row of the history, to whoever watches."
     if tuner.watch:
@@ -499,6 +510,7 @@ def _fit_head(tuner: FineTuner, phase: Phase) -> dict:
     now, before = tuner.head.score, score(logits(head, tuner.train), y[tuner.train])
     return {"epoch": 1, "train_loss": before.loss, "val_loss": now.loss, "val_accuracy": now.accuracy}
 
+# %% ../nbs/09_recipe.ipynb #43ce3f34
 def _features(tuner: FineTuner, lower: nn.Module, view: int) -> np.ndarray:
     "What the head sees of all images in one view, kept as long as there is room for it."
     everything = np.arange(len(tuner.catalog))
@@ -510,6 +522,7 @@ def _decay(choice: HeadChoice, every: bool) -> float:
     "The weight decay with which a head on the last stage, or on every stage, did best."
     return min((s for s in choice.scores if s["every_stage"] == every), key=lambda s: s["loss"])["weight_decay"]
 
+# %% ../nbs/09_recipe.ipynb #2199e2c6
 def _set_head(backbone: Backbone, head: tuple[torch.Tensor, torch.Tensor]) -> None:
     with torch.no_grad():
         backbone.head.weight.copy_(head[0].view_as(backbone.head.weight))
@@ -536,6 +549,7 @@ def _source(tuner: FineTuner, phase: Phase, lower, rows: np.ndarray, fixed: tupl
         return batch
     return fresh
 
+# %% ../nbs/09_recipe.ipynb #ed0c713e
 def _as_kept(x: torch.Tensor) -> torch.Tensor:
     "Rounded to 16 bits as in the cache, where they hold it: with or without room for the cache the same weights come out."
     short = x.half()
@@ -546,12 +560,14 @@ def _drawn(tuner: FineTuner, phase: Phase, epoch: int, n: int, fixed: tuple[int,
     "Which of the kept views each of n pictures shows in this epoch."
     return np.full(n, epoch) if fixed else np.random.default_rng((tuner.seed, epoch)).integers(0, phase.views, n)
 
+# %% ../nbs/09_recipe.ipynb #f9f866e9
 def _views(tuner: FineTuner, phase: Phase, epoch: int, rows: np.ndarray, fixed: tuple[int, ...]) -> np.ndarray:
     "The same views where nothing is kept; for `views=0` new ones in every epoch."
     if not phase.views and not fixed: return random_view(len(tuner.catalog), (tuner.seed, 1000 + epoch))[rows]
     numbers = np.stack([tuner.view(v)[rows] for v in fixed or range(phase.views)])
     return numbers[_drawn(tuner, phase, epoch, len(rows), fixed), np.arange(len(rows))]
 
+# %% ../nbs/09_recipe.ipynb #ff126c09
 def _fits(tuner: FineTuner, lower, images: int) -> bool:
     "Whether the cache has room for the activations of so many images, beside the images themselves."
     one = lower.eval()(torch.zeros(1, 3, tuner.size, tuner.size, device=tuner.device))
@@ -611,6 +627,7 @@ def _choose(tuner: FineTuner) -> Candidate:
     tuned, head = tuner.tuned, tuner.head
     return head if head and not (tuned and clearly_better(tuned.right, head.right)) else tuned
 
+# %% ../nbs/09_recipe.ipynb #77c84476
 def _network_of(tuner: FineTuner, chosen: Candidate) -> Backbone:
     "A copy of the network with the chosen weights: whatever the tuner does next, a result stays what it is."
     tuner.backbone.model.load_state_dict(chosen.state)
@@ -655,6 +672,7 @@ def run_phases(tuner: FineTuner, *phases: Phase, resume: bool = False) -> Result
             _run_all(tuner, phases, resume)
             return _finish(tuner)
 
+# %% ../nbs/09_recipe.ipynb #8d54c12a
 def _run_all(tuner: FineTuner, phases: tuple[Phase, ...], resume: bool) -> None:
     "The phases in order, or those that are left; none that could not be clearly better than the head."
     plan = _plan(tuner, phases)
@@ -667,6 +685,7 @@ def _run_all(tuner: FineTuner, phases: tuple[Phase, ...], resume: bool) -> None:
         tuner.tell(tuner.title + (f"; about {_duration(sum(seconds[i:]))} to go" if seconds else ""))
         _run_phase(tuner, phase, inside and i == done, plan)
 
+# %% ../nbs/09_recipe.ipynb #dac3ffad
 def _require_phases(tuner: FineTuner, phases: tuple) -> None:
     "Raise `SFTError` unless there are phases, and all can be run on this network: an hour later would be too late."
     if not phases:
@@ -676,6 +695,7 @@ def _require_phases(tuner: FineTuner, phases: tuple) -> None:
             raise SFTError(f"run: {type(p).__name__} is no Phase; give them one by one, as run(Phase('head'), Phase(6)).")
         first_trainable(tuner.backbone, p.train)
 
+# %% ../nbs/09_recipe.ipynb #acf6786a
 @contextmanager
 def _watched(tuner: FineTuner) -> Iterator[None]:
     "What writes the history elsewhere is opened before anything is trained, and closed at the end."
@@ -715,10 +735,12 @@ def _finish(tuner: FineTuner) -> Result:
                 (tuner.out / "last.ckpt").unlink(missing_ok=True)
     return result
 
+# %% ../nbs/09_recipe.ipynb #781b2e20
 def _can_gain(tuner: FineTuner) -> bool:
     "Whether any weights could be clearly better than the head on the validation images. A head without errors cannot be beaten."
     return tuner.head is None or clearly_better(np.ones_like(tuner.head.right), tuner.head.right)
 
+# %% ../nbs/09_recipe.ipynb #e623dea6
 def _reason(tuner: FineTuner, chosen: Candidate) -> str:
     "What was chosen, and why."
     n, right = len(tuner.val), int(chosen.right.sum())
@@ -745,6 +767,7 @@ def _announce(tuner: FineTuner, phases: tuple[Phase, ...], done: int) -> list[fl
                f"on {tuner.device}; phases: {names}{gone_on}; this takes about {_duration(sum(seconds[done:]))}")
     return seconds
 
+# %% ../nbs/09_recipe.ipynb #0a7586a3
 def _seconds(tuner: FineTuner, phases: tuple[Phase, ...]) -> list[float]:
     "A rough guess at the seconds of each phase."
     b, n = tuner.backbone, pictures_at_once(tuner.device, tuner.size)
@@ -757,6 +780,7 @@ def _seconds(tuner: FineTuner, phases: tuple[Phase, ...]) -> list[float]:
     one = min(forward() for _ in range(3)) / n
     return [one * _forward_passes(tuner, p, operations / operations.sum()) for p in phases]
 
+# %% ../nbs/09_recipe.ipynb #8d6568f2
 def _forward_passes(tuner: FineTuner, phase: Phase, share: np.ndarray) -> float:
     "How many forward passes of one image a phase costs; `share`: of each stage in a forward pass."
     if phase.train == "head":
@@ -766,6 +790,7 @@ def _forward_passes(tuner: FineTuner, phase: Phase, share: np.ndarray) -> float:
     below = phase.views * train + 2 * val if phase.views else epochs * (train + 2 * val)
     return lower * below + (1 - lower) * epochs * (3 * train + 2 * val)
 
+# %% ../nbs/09_recipe.ipynb #63a21cd4
 def _duration(seconds: float) -> str:
     "Seconds in words."
     if seconds < 90:
@@ -778,6 +803,7 @@ def _versions() -> dict[str, str]:
     return {"sft_course": sft_course.__version__, "python": platform.python_version(), "torch": torch.__version__,
             "torchvision": torchvision.__version__, "timm": timm.__version__}
 
+# %% ../nbs/09_recipe.ipynb #a4e76117
 def _card(tuner: FineTuner, chosen: Candidate, test: Score) -> dict:
     b, c, head = tuner.backbone, tuner.catalog, tuner.head
     kept = isinstance(chosen, Head)
@@ -789,6 +815,7 @@ def _card(tuner: FineTuner, chosen: Candidate, test: Score) -> dict:
             "problems": [asdict(p) for p in c.problems], "notes": tuner.notes, "data": tuner.pixels.key, "versions": _versions(),
             "seconds": round(time.perf_counter() - tuner.started, 1)}
 
+# %% ../nbs/09_recipe.ipynb #b787dfd0
 def _as_list(levels: tuple[float, float] | None) -> list[float] | None: return levels and [float(v) for v in levels]
 
 # %% ../nbs/09_recipe.ipynb #b0ea76b0
@@ -797,6 +824,7 @@ def measure(tuner: FineTuner) -> Score:
     with own_torch_state():
         return score(_test_logits(tuner), tuner.labels[tuner.test])
 
+# %% ../nbs/09_recipe.ipynb #c01ecfac
 def _test_logits(tuner: FineTuner) -> torch.Tensor:
     return eval_logits(tuner.chosen or tuner.backbone, tuner.pixels.pixels[tuner.test], tuner.size, tuner.device)
 
@@ -816,17 +844,20 @@ def _table(rows: list[dict]) -> str:
 ARTIFACT = ("model.safetensors", "history.csv", "report.html", "card.json")  # in the order of writing
 _SAVING = ".card.json.saving"  # lies beside them while they are written: until it goes they are half an artifact
 
+# %% ../nbs/09_recipe.ipynb #900c7754
 def free_name(path: str | Path) -> Path:
     "`path`, or the first of `path-2`, `path-3`, … that is not there yet, or is a folder with nothing in it."
     path = expanded(path)
     names = itertools.chain([path], (path.parent / f"{path.name}-{k}" for k in itertools.count(2)))
     return next(p for p in names if _is_free(p))
 
+# %% ../nbs/09_recipe.ipynb #fbdc73ba
 def _is_free(path: Path) -> bool:
     "Whether nothing lies there but the lock of a run that was stopped before it wrote anything."
     if not os.path.lexists(path): return True
     return path.is_dir() and set(os.listdir(path)) <= {".lock"}
 
+# %% ../nbs/09_recipe.ipynb #96cbd594
 def require_free(out: str | Path) -> None:
     "Raise `SFTError` where an artifact in folder `out` would replace a file. Half an artifact does not count."
     out = expanded(out)
@@ -844,6 +875,7 @@ def _known_as(model: nn.Module, card: dict) -> dict[str, str]:
     def renamed(name): return next(new + name.removeprefix(old) for old, new in outside.items() if name.startswith(old))
     return {name: renamed(name) for name in names}
 
+# %% ../nbs/09_recipe.ipynb #457e9d3e
 def state_dict(result: Result) -> dict[str, torch.Tensor]:
     """The weights by the names that timm or torchvision gives them.
 
@@ -874,12 +906,14 @@ def save_artifact(result: Result, out: str | Path) -> Path:
     object.__setattr__(result, "folder", out)
     return out
 
+# %% ../nbs/09_recipe.ipynb #3eb261cc
 def _is_own(result: Result, out: Path, sha256: str) -> bool:
     "Whether what lies in `out` is this result's: it was saved or loaded there, or the weights are the same."
     if result.folder and result.folder.resolve() == out.resolve(): return True
     try: return read_card(out)["sha256"] == sha256
     except SFTError: return False
 
+# %% ../nbs/09_recipe.ipynb #92245f23
 def _write(out: Path, content: dict[str, bytes]) -> None:
     "Write the files of an artifact, so that a save that is cut off can be seen as one."
     out.mkdir(parents=True, exist_ok=True)
@@ -902,6 +936,7 @@ def _path(what: str | os.PathLike) -> Path:
 
 _SINGLE = (bytes, bytearray, memoryview, Image.Image, dict, torch.Tensor)  # the last two are no images, nor several
 
+# %% ../nbs/09_recipe.ipynb #83dffff5
 def _is_one(what: Any) -> bool:
     "Whether this is a single image, or what is none, and not several."
     if isinstance(what, np.ndarray):
@@ -910,6 +945,7 @@ def _is_one(what: Any) -> bool:
     if isinstance(what, (str, os.PathLike)): return not os.path.isdir(_path(what))
     return isinstance(what, _SINGLE) or hasattr(what, "read") or not isinstance(what, Iterable)
 
+# %% ../nbs/09_recipe.ipynb #4d6110ba
 def _items(what: Any) -> Iterator[Any]:
     "The single images that `what` stands for, one after the other; a folder stands for those in it."
     if _is_one(what): yield what
@@ -917,6 +953,7 @@ def _items(what: Any) -> Iterator[Any]:
     else:
         for item in what: yield from _items(item)
 
+# %% ../nbs/09_recipe.ipynb #5a36e20c
 def _below(folder: Path) -> Iterator[Path]:
     "The images in a folder and below it; then the folders there that cannot be listed; the folder itself where there is neither."
     images, problems = images_below(folder)
@@ -926,12 +963,14 @@ def _below(folder: Path) -> Iterator[Path]:
 # %% ../nbs/09_recipe.ipynb #67f2a0b5
 _URL = re.compile("https?://", re.IGNORECASE)
 
+# %% ../nbs/09_recipe.ipynb #7719f932
 def _image_name(what: Any, number: int) -> str:
     "The path of an image, or a number where it has none."
     if isinstance(what, (str, os.PathLike)): return str(os.fsdecode(what))
     name = getattr(what, "filename", None) or getattr(what, "name", None)  # of a PIL image, of an open file
     return name if isinstance(name, str) and name else f"image {number}"
 
+# %% ../nbs/09_recipe.ipynb #899a531e
 def _image_source(what: Any, name: str, allow_url: bool) -> str | Path | bytes | np.ndarray | Image.Image:
     "What `read_picture` takes, or an address, and nobody else changes meanwhile."
     if isinstance(what, str) and _URL.match(what):
@@ -946,6 +985,7 @@ def _image_source(what: Any, name: str, allow_url: bool) -> str | Path | bytes |
     kind = f"an array of shape {what.shape}" if isinstance(what, np.ndarray) else f"a {type(what).__name__}"
     raise SFTError(f"{name}: {kind} is no image; give a path, bytes, an open file, a PIL image or an array.")
 
+# %% ../nbs/09_recipe.ipynb #4806f564
 def _file_bytes(file: Any, name: str) -> bytes:
     "All that an open file holds."
     if getattr(file, "seekable", bool)(): file.seek(0)
@@ -953,6 +993,7 @@ def _file_bytes(file: Any, name: str) -> bytes:
     if isinstance(data, bytes): return data
     raise SFTError(f"{name}: this file gives {type(data).__name__} and not bytes; open it with 'rb'.")
 
+# %% ../nbs/09_recipe.ipynb #01a81192
 def _given(what: Any, number: int, allow_url: bool) -> tuple[str, Any]:
     "(name, source) of an image; an error in place of a source that cannot be had."
     if isinstance(what, np.ndarray) and what.dtype.kind in "OSU": what = what.item()
@@ -968,6 +1009,7 @@ def _fetched(url: str, most: int = 1 << 27) -> bytes:
     if len(data) > most: raise SFTError(f"{url}: there is more than {most >> 20} MB; give an image.")
     return data
 
+# %% ../nbs/09_recipe.ipynb #241121da
 def _read(given: tuple[str, Any], size: int, levels: tuple[float, float] | None) -> np.ndarray | str:
     "The decoded image, uint8 (size, size, 3), or a sentence that says why there is none."
     name, source = printable(given[0]), given[1]
@@ -979,6 +1021,7 @@ def _read(given: tuple[str, Any], size: int, levels: tuple[float, float] | None)
     except SFTError as e: return str(e)
     except Exception as e: return f"{name}: cannot be read as an image ({why_unreadable(source, e)})."
 
+# %% ../nbs/09_recipe.ipynb #f4c3d41e
 def _require_file(path: Path, name: str) -> None:
     "Raise `SFTError` where there is nothing, or a folder without images."
     if os.path.isdir(path): raise SFTError(f"{name}: there is no image to be read in this folder; give another.")
@@ -996,6 +1039,7 @@ def predict_stream(result: Result, what: Any, top: int | None = None, *, allow_u
     given = (_given(item, i, allow_url) for i, item in enumerate(_items(what)))
     return _stream(result, given, top, batch_size)
 
+# %% ../nbs/09_recipe.ipynb #19913f35
 def _stream(result: Result, given: Iterator[tuple[str, Any]], top: int | None, batch_size: int) -> Iterator[Prediction]:
     "See `predict_stream`; `given` are names and sources."
     backbone = replace(result.backbone, model=_evaluating(result.backbone.model))
@@ -1010,16 +1054,19 @@ def _stream(result: Result, given: Iterator[tuple[str, Any]], top: int | None, b
                 if isinstance(x, str): yield Prediction(name, error=x)
                 else: yield _prediction(name, next(said), result.classes, top)
 
+# %% ../nbs/09_recipe.ipynb #6b9263c4
 def _evaluating(model: nn.Module) -> nn.Module:
     "The network in evaluation mode: itself, or a copy where some of it is in training mode, which somebody may need."
     return copy.deepcopy(model).eval() if any(m.training for m in model.modules()) else model
 
+# %% ../nbs/09_recipe.ipynb #7ca9f48a
 @own_torch_state()
 def _probabilities(backbone: Backbone, pixels: np.ndarray, size: int) -> np.ndarray:
     "float32 (n, classes) of decoded images."
     device = next(backbone.model.parameters()).device
     return eval_logits(backbone, pixels, size, device).softmax(1).cpu().numpy()
 
+# %% ../nbs/09_recipe.ipynb #720653c2
 def _prediction(path: str, probabilities: np.ndarray, classes: list[str], top: int | None) -> Prediction:
     "The classes in their own order, or the `top` most probable ones."
     order = np.argsort(-probabilities, kind="stable")
@@ -1045,6 +1092,7 @@ def predict(result: Result, what: Any, top: int | None = None, *, allow_url: boo
     if bad: warnings.warn(f"{len(bad)} of {len(found)} images cannot be read, the first: {bad[0]}", stacklevel=2)
     return found
 
+# %% ../nbs/09_recipe.ipynb #94e3241d
 def predict_frame(result: Result, what: Any, top: int = 3, *, allow_url: bool = False):
     """The predictions as a pandas DataFrame, a row for each image.
 
@@ -1068,12 +1116,14 @@ def _text(path: Path) -> str:
     "What a text file holds, '' where there is none."
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
+# %% ../nbs/09_recipe.ipynb #a0c8b874
 def _history(path: Path) -> list[dict]:
     "The rows of history.csv as they were before they were written; none where it is damaged."
     table = csv.DictReader(io.StringIO(_text(path)))
     try: return [{k: _value(v) for k, v in row.items() if k is not None} for row in table]
     except csv.Error: return []
 
+# %% ../nbs/09_recipe.ipynb #10fc3540
 def _value(text: str | None) -> int | float | str | None:
     "The number that a cell holds, or its text; None where it is empty."
     if not text: return None
@@ -1099,6 +1149,7 @@ def load_artifact(folder: str | Path, device="cpu", model: nn.Module | None = No
     history, page = _history(folder / "history.csv"), _text(folder / "report.html")
     return Result(backbone, card, history, html=page, folder=folder)
 
+# %% ../nbs/09_recipe.ipynb #1c183616
 def _fill(folder: Path, model: nn.Module, card: dict) -> None:
     "Give the network the weights of an artifact."
     found, names, own = _weights(folder, card), _known_as(model, card), model.state_dict()
@@ -1123,13 +1174,16 @@ def _numbers(v, n: int, low: float) -> bool:
     "Whether this is a list of n finite numbers, none below `low`."
     return isinstance(v, list) and len(v) == n and all(isinstance(x, (int, float)) and math.isfinite(x) and x >= low for x in v)
 
+# %% ../nbs/09_recipe.ipynb #f5a57884
 def _preprocessing(v) -> bool:
     return (isinstance(v, dict) and isinstance(v.get("size"), int) and 1 <= v["size"] <= 4096
             and _numbers([v.get("crop")], 1, 1e-3) and _numbers(v.get("mean"), 3, -1e3)
             and _numbers(v.get("std"), 3, 1e-6) and _levels(v.get("levels")))
 
+# %% ../nbs/09_recipe.ipynb #e71888f4
 def _levels(v) -> bool: return v is None or (_numbers(v, 2, -math.inf) and v[0] < v[1])
 
+# %% ../nbs/09_recipe.ipynb #fcb53bb9
 def _classes(v) -> bool:
     return isinstance(v, list) and len(v) > 1 and all(isinstance(c, str) for c in v) and len(set(v)) == len(v)
 
@@ -1153,6 +1207,7 @@ def _network(folder: Path, card: dict, model: nn.Module | None = None) -> Backbo
         raise SFTError(f"{folder}: its card.json names a backbone that cannot be opened ({why}){how}.") from None
     return every_stage(backbone, k) if card["head"] == "every" else backbone
 
+# %% ../nbs/09_recipe.ipynb #f558ea1a
 def _weights(folder: Path, card: dict) -> dict[str, torch.Tensor]:
     from safetensors.torch import load
     try: data = (folder / "model.safetensors").read_bytes()
@@ -1237,6 +1292,7 @@ def scratch_phase(settings: Settings) -> Phase:
     "All layers from random weights: a larger rate, batch norms that learn their statistics, new views in every epoch."
     return Phase("all", epochs=settings.pick(quick=8, full=60), lr=1e-3, views=0, batch_stats=True)
 
+# %% ../nbs/09_recipe.ipynb #03a28fda
 def demo(out: str | Path, settings: Settings | None = None) -> tuple[float, Result]:
     "Accuracy of the network trained from scratch, and the `Result` of fine-tuning it, on the data that the settings name."
     settings = settings or load_settings()

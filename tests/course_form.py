@@ -43,20 +43,20 @@ TOOLS_MOST = {"line": LINE, "long": 0}
 
 # What is above a limit and may stay for now. Written by --update; a value may be lowered at any time.
 ALLOWED: dict[str, dict[str, float]] = {
-    "00_concepts": {"exported": 227, "line": 173, "long": 47},
-    "01_data": {"cells": 249, "words": 3699, "exported": 595, "line": 226, "long": 199},
-    "02_backbones": {"cells": 184, "words": 3560, "exported": 214, "line": 199, "long": 106},
-    "03_loss": {"cells": 159, "words": 3307, "line": 302, "long": 86},
-    "04_loop": {"cells": 227, "words": 3717, "exported": 254, "line": 150, "long": 126},
-    "05_frozen_head": {"cells": 185, "words": 3683, "exported": 372, "line": 180, "long": 140},
-    "06_unfreezing": {"cells": 159, "words": 3880, "line": 260, "long": 113},
-    "07_schedules": {"cells": 154, "words": 3040, "exported": 137, "line": 147, "long": 59},
-    "08_evaluation": {"cells": 215, "words": 3243, "exported": 504, "line": 225, "long": 221},
-    "09_recipe": {"cells": 123, "exported": 424, "line": 278, "long": 127},
-    "a1_blooms": {"line": 143, "long": 93},
+    "00_concepts": {"cells": 120, "exported": 349, "line": 173, "long": 53},
+    "01_data": {"cells": 437, "words": 4683, "exported": 1596, "line": 226, "long": 341},
+    "02_backbones": {"cells": 219, "words": 3889, "exported": 507, "line": 199, "long": 123},
+    "03_loss": {"cells": 159, "words": 3408, "line": 302, "long": 86},
+    "04_loop": {"cells": 231, "words": 3879, "exported": 306, "line": 149, "long": 129},
+    "05_frozen_head": {"cells": 228, "words": 4296, "exported": 614, "line": 180, "long": 187},
+    "06_unfreezing": {"cells": 163, "words": 3934, "line": 260, "long": 116},
+    "07_schedules": {"cells": 158, "words": 3104, "exported": 181, "line": 147, "long": 62},
+    "08_evaluation": {"cells": 215, "words": 3245, "exported": 508, "line": 225, "long": 222},
+    "09_recipe": {"cells": 229, "exported": 1024, "line": 278, "long": 177},
+    "a1_blooms": {"line": 143, "long": 94},
     "a2_widgets": {"line": 166, "long": 107},
     "a3_exercises": {"line": 250, "long": 179},
-    "a4_cli": {"line": 161, "long": 77},
+    "a4_cli": {"line": 123, "long": 5},
 }
 
 

@@ -77,6 +77,11 @@ def test_another_forward_of_a_leaf_in_a_traced_network(store, files, monkeypatch
     assert (np.array(store(traced)) != before).any() and files() == 2
 
 
+def scaled_mean(k):
+    "A function that captures `k`."
+    return lambda x: x.mean((2, 3)) * k
+
+
 def with_hook(net):
     net = copy.deepcopy(net)
     net[0].register_forward_hook(lambda m, args, out: out * 2)
@@ -94,7 +99,7 @@ CHANGES = {
     "an attribute": (Calls(), Calls(mean)),
     "a function it calls": (Calls(mean), Calls(largest)),
     "what a partial fixes": (Calls(partial(torch.amax, dim=(2, 3))), Calls(partial(torch.mean, dim=(2, 3)))),
-    "what a lambda captures": tuple(Calls((lambda k: lambda x: x.mean((2, 3)) * k)(k)) for k in (1, 2)),
+    "what a lambda captures": (Calls(scaled_mean(1)), Calls(scaled_mean(2))),
     "a constant": (Calls(lambda x: x.mean((2, 3)) * 3), Calls(lambda x: x.mean((2, 3)) * 4)),
     "a hook": (nn.Sequential(nn.ReLU(), Pool()), with_hook(nn.Sequential(nn.ReLU(), Pool()))),
     "a forward of one instance": (nn.Sequential(nn.ReLU(), Pool()), with_own_forward(nn.Sequential(nn.ReLU(), Pool()))),
@@ -226,7 +231,7 @@ def test_large_and_infinite_values_without_a_file(store, files, monkeypatch, fre
 
 def test_older_activations_make_room_and_the_pixels_stay(store, files, net, tmp_path):
     room = 40 * 40 * 3 * 24 + 20_000 + 2 * 20 * 4 * 15 * 15
-    for k in range(3):
+    for _ in range(3):
         net[0].weight.data += 1
         store(net, budget_bytes=room)
         assert files() == 1 and len(list((tmp_path / "cache" / "pixels").iterdir())) == 1

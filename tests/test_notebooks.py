@@ -46,18 +46,19 @@ def asserts(cell):
 
 
 def numbers(path):
-    "Median lines of a code cell, the ninth decile, and the share of cells (imports and directives apart) that assert."
+    "Median lines of a code cell, the ninth decile, and the share of lesson cells (imports and exports apart) that assert."
     code = [c for c in cells(path, "code") if lines(c)]
     sizes = sorted(len(lines(c)) for c in code)
     working = [c for c in code if not all(re.match(r"(import|from)\s", x) or x.startswith((" ", ")")) for x in lines(c))]
-    return median(sizes), sizes[int(.9 * (len(sizes) - 1))], sum(map(asserts, working)) / len(working)
+    lessons = [c for c in working if not is_export(c)]
+    return median(sizes), sizes[int(.9 * (len(sizes) - 1))], sum(map(asserts, lessons)) / len(lessons)
 
 
 def test_cells_are_small_and_assert():
     table = {p.stem: numbers(p) for p in whole()}
     print("\n" + "\n".join(f"{name:16} median {m:4.1f}  ninth decile {d:3}  assert {a:.0%}" for name, (m, d, a) in table.items()))
     assert all(m <= 5 and d <= 15 for m, d, _ in table.values()), table
-    assert all(a >= 1 / 3 for *_, a in table.values()), table
+    assert all(a >= 3 / 8 for *_, a in table.values()), table
 
 
 def public(cell):
