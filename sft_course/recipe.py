@@ -399,8 +399,9 @@ def run_phase(tuner: FineTuner, phase: Phase) -> FineTuner:
     """Run one phase from the weights at hand; the model then holds the best of its epochs. Raises `Diverged` where the loss is not
     finite and there is nothing to fall back on."""
     tuner.title = f"phase {len(tuner.done) + 1}, {_name(phase)}"
+    _require_place(tuner)
     with claimed(tuner.out):
-        _require_place(tuner)
+        _begin(tuner)
         _run_phase(tuner, phase, False, {})
     return tuner
 
@@ -409,12 +410,18 @@ def _require_place(tuner: FineTuner, resume: bool = False) -> None:
     "Raise `SFTError` where files of another run, or of a person, would be replaced: before the training, not after it."
     if tuner.out is None or tuner.began:
         return
-    checkpoint = tuner.out / "last.ckpt"
-    if not (resume and checkpoint.exists()):
+    found = resume and any((tuner.out / name).exists() for name in ("last.ckpt", "card.json"))
+    if not found:
         require_free(tuner.out)
-        if checkpoint.exists():
-            raise SFTError(f"{checkpoint}: an unfinished run lies there; go on with it by resume=True, or give another folder, "
-                           f"such as {free_name(tuner.out)}.")
+
+def _begin(tuner: FineTuner, resume: bool = False) -> None:
+    "From here on what lies in `out` is this run's. Raises `SFTError` where another one was stopped there."
+    if tuner.out is None or tuner.began:
+        return
+    checkpoint = tuner.out / "last.ckpt"
+    if checkpoint.exists() and not resume:
+        raise SFTError(f"{checkpoint}: an unfinished run lies there; go on with it by resume=True, or give another folder, "
+                       f"such as {free_name(tuner.out)}.")
     tuner.began = True
 
 # %% ../nbs/09_recipe.ipynb #304ebe5d
@@ -656,11 +663,11 @@ def run_phases(tuner: FineTuner, *phases: Phase, resume: bool = False) -> Result
     run has ended, its artifact comes back. Raises `SFTError` where the phases do not fit the network, or something else lies in `out`.
     """
     _require_phases(tuner, phases)
-    _require_own(tuner, resume)
+    _require_place(tuner, resume)
     with claimed(tuner.out):
         if resume and (result := _ended(tuner, phases)):
             return result
-        _require_place(tuner, resume)
+        _begin(tuner, resume)
         with _watched(tuner):
             _run_all(tuner, phases, resume)
             return _finish(tuner)
@@ -677,12 +684,6 @@ def _run_all(tuner: FineTuner, phases: tuple[Phase, ...], resume: bool) -> None:
         tuner.title = f"phase {i + 1} of {len(phases)}, {_name(phase)}"
         tuner.tell(tuner.title + (f"; about {_duration(sum(seconds[i:]))} to go" if seconds else ""))
         _run_phase(tuner, phase, inside and i == done, plan)
-
-# %% ../nbs/09_recipe.ipynb #d9fcadb7
-def _require_own(tuner: FineTuner, resume: bool) -> None:
-    "Raise `SFTError` where the artifact would replace what this tuner, or the run that goes on, has not made."
-    goes_on = resume and tuner.out and (tuner.out / ".lock").exists()  # it was let in, and nothing lay there then
-    if tuner.out and not tuner.chosen and not goes_on: require_free(tuner.out)
 
 # %% ../nbs/09_recipe.ipynb #dac3ffad
 def _require_phases(tuner: FineTuner, phases: tuple) -> None:
@@ -918,9 +919,13 @@ def _write(out: Path, content: dict[str, bytes]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / _SAVING).touch()
     (out / "card.json").unlink(missing_ok=True)  # an older card does not speak for these weights
-    for name, data in content.items():
-        with whole_file(out / name) as temp: temp.write_bytes(data)
-    (out / _SAVING).unlink()
+    try:
+        for name, data in content.items():
+            with whole_file(out / name) as temp: temp.write_bytes(data)
+    except BaseException:  # no half of an artifact stays behind, unless the process is killed
+        for name in content: (out / name).unlink(missing_ok=True)
+        raise
+    finally: (out / _SAVING).unlink()
 
 # %% ../nbs/09_recipe.ipynb #7d453e46
 def _path(what: str | os.PathLike) -> Path:
