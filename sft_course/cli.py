@@ -499,11 +499,6 @@ def _table(e) -> list[dict]:
         return counts | share(r, "recall") | share(r, "precision")
     return [row(c, r) for c, r in per_class(e).iterrows()]
 
-# %% ../nbs/a4_cli.ipynb #a68c2507
-def _some(names: list[str], most: int = 6) -> str:
-    "The first names in quotes, and how many more there are."
-    return ", ".join(map(repr, names[:most])) + f" and {len(names) - most} more" * (len(names) > most)
-
 # %% ../nbs/a4_cli.ipynb #351cc616
 @dataclass(frozen=True)
 class _Asked:
@@ -601,6 +596,7 @@ def _evaluation(asked: _Asked) -> dict:
 # %% ../nbs/a4_cli.ipynb #0374aa2a
 def _tell_of(asked: _Asked, artifact: Path, told: dict, most: int = 20) -> None:
     "What a person wants to know after an evaluation."
+    from sft_course.data import _some
     gone = [r["class"] for r in told["per_class"] if not r["pictures"]]
     notes = [p["message"] for p in told["problems"]]
     if gone: notes.append(f"there is no image of {_some(gone)}")
@@ -684,6 +680,7 @@ def _copy(files: dict[str, Path], to: Path, force: bool) -> list[str]:
     new = {n: f.read_bytes() for n, f in files.items() if not _is_there(f, to / n)}
     changed = [n for n in new if (to / n).exists()]
     if changed and not force:
+        from sft_course.data import _some
         differ = "differs" if len(changed) == 1 else "differ"
         raise SFTError(f"{to}: {_some(changed)} there {differ} from the course; give another folder, "
                        "or --force to lose those changes.")

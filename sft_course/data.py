@@ -548,11 +548,6 @@ def _empty(rows: list[tuple[str, str, str]], layout: _Layout) -> list[Problem]:
     names = sorted({c for _, c, part in layout.classes if part == "train"} - some)
     return [Problem(c, "empty class", f"class {c!r} holds no training pictures; it was left out.") for c in names]
 
-# %% ../nbs/01_data.ipynb #c8b96eae
-def _from_folder(root: Path) -> Catalog:
-    "Everything that lies below `root`, as one catalog."
-    return _catalog(root, *_folder_rows(root), hint=_table_hint(root))
-
 # %% ../nbs/01_data.ipynb #ba2fafc8
 def require_enough(c: Catalog, before: Catalog | None = None) -> None:
     """Raise `SFTError` unless there are two classes, each has two training images, and no part has lost all of its images.

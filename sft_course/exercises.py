@@ -6,7 +6,7 @@
 __all__ = ['EXERCISES', 'Exercise', 'Verdict', 'check', 'progress', 'tiny_network']
 
 # %% ../nbs/a3_exercises.ipynb #8e1e5cc3
-import json, os
+import json, math, os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path

@@ -8,7 +8,7 @@ __all__ = ['head_loop', 'split_at', 'fold_batch_norms', 'fold_for', 'pictures_at
            'choose_head', 'fit_wide_head', 'exact_head']
 
 # %% ../nbs/05_frozen_head.ipynb #de5ea105
-import copy, hashlib, math, os, re
+import copy, hashlib, math, os
 from collections import Counter, OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass

@@ -99,15 +99,13 @@ def default_phases(settings: Settings, *, train: int | str | None = None, epochs
 import copy, itertools, os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import field
 from functools import cached_property, partial
-from typing import Any
 from PIL import Image
 from torch import nn
 from .core import expanded, own_torch_state
 from .data import images_below, printable, why_unreadable
-from .backbones import account, as_backbone
+from .backbones import as_backbone
 
 # %% ../nbs/09_recipe.ipynb #6b32f003
 @dataclass(frozen=True)
@@ -162,12 +160,9 @@ class Result:
         return f"Result({m['accuracy']:.3f} accuracy on {m['n_val']} pictures, {len(self.classes)} classes, {self.backbone.name})"
 
 # %% ../nbs/09_recipe.ipynb #12c649ff
-import copy
 from importlib import import_module
-from torch import nn
-from .core import expanded, own_torch_state
-from .data import PixelCache, leaks_between_parts, require_test, open_data, printable, require_memory
-from .backbones import Stage, account, as_backbone, fitting_size, load_weights
+from .data import leaks_between_parts, open_data, require_memory, require_test
+from .backbones import Stage, fitting_size, load_weights
 from .loop import save_checkpoint
 from .freezing import Recomputed, weights_key
 
