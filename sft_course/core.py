@@ -286,10 +286,9 @@ def pick_device(settings: Settings):
     name = settings.device
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and not there:
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise settings.wrong("device", "torch finds no CUDA GPU on this machine")
-    if (device.index or 0) >= max(there, 1):
+    if device.index and device.index >= (there := torch.cuda.device_count()):
         raise settings.wrong("device", f"torch finds {there} of them, and counts from 0")
     return device
 

@@ -976,7 +976,7 @@ IMAGE_KEYS, LABEL_KEYS = ("image", "img", "picture"), ("label", "labels", "class
 
 # %% ../nbs/01_data.ipynb #83a5a83c
 def _items(data: Any) -> Iterator[Any]:
-    "The items of a data set, by their numbers where it has a length: the iteration of torch's own need not end."
+    "The items of a data set, by number where it has a length: the iteration of torch's own need not end."
     numbered = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     todo, n = (data[i] for i in range(len(data))) if numbered else iter(data), 0
     while True:
@@ -1071,7 +1071,7 @@ def _of_splits_given(splits: Mapping[str, Any], given: Path) -> _Given:
 
 # %% ../nbs/01_data.ipynb #6ced230b
 def _given_data(data: Any, given: Path) -> _Given:
-    "Whatever `open_data` takes beside paths and catalogs; images that are no files are written below `given`."
+    "Whatever `open_data` takes beside paths and catalogs; images in memory are written below `given`."
     if hasattr(data, "itertuples") and hasattr(data, "columns"): return _of_frame(data)
     if isinstance(data, Mapping):
         keys = [next((k for k in some if k in data), None) for some in (IMAGE_KEYS, LABEL_KEYS)]
@@ -1266,7 +1266,7 @@ def _sums_agree(source: str | Path | bytes) -> bool:
     return True
 
 # %% ../nbs/01_data.ipynb #37888368
-HEIC = 'it is HEIC; pip install "sft_course[heic]" reads it, or save it as JPEG'
+HEIC = 'it is HEIC; install the extra heic, "sft_course[heic]", to read it, or save it as JPEG'
 _SIGNS = ((b"%!ps", "it is PostScript, a program, which is not run"), (b"%pdf", "it is a PDF"), (b"<svg", "it is an SVG drawing, which has no pixels"),
           (b"<html", "it is a web page"), (b"<!doctype html", "it is a web page"), (b"pk\3\4", "it is a ZIP archive"), (b"git-lfs", "it is a pointer of Git LFS; fetch the files by git lfs pull"),
           (b"ftypavi", "it is AVIF, damaged or newer than this Pillow"), *((b"ftyp" + brand, HEIC) for brand in (b"hei", b"hev", b"mif1", b"msf1")))
@@ -1913,24 +1913,25 @@ def _shapes(c: Catalog) -> list[Problem]:
     "Problems of kind small, elongated, animated, broken EXIF and changed, from the files' heads."
     heads = [_head(c.root, f) for f in c.files]
     sizes = [(f, *s) for f, (s, _) in zip(c.files, heads) if s]
-    small = _small(sizes)
-    long = [_problem(f, "elongated", f"is {w} × {h} pixels; the network sees the central square only.") for f, w, h in sizes if max(w, h) > 3 * min(w, h)]
-    return small + long + [p for _, found in heads for p in found]
+    long = [(f, w, h) for f, w, h in sizes if max(w, h) > 3 * min(w, h)]
+    many = f"and the network sees the central square only; so it is with {len(long)} of the {len(sizes)} pictures."
+    return _small(sizes) + _each(long, len(sizes), "elongated", "and the network sees the central square only.", many) + [p for _, found in heads for p in found]
 
 
 # %% ../nbs/01_data.ipynb #7aaa8f6e
 def _small(sizes: list[tuple[str, int, int]], least: int = 32) -> list[Problem]:
     "Problems of kind small, from (file, width, height): images much smaller than the others; where most are, one that says so."
-    if not sizes: return []
-    usual = float(np.median([min(w, h) for _, w, h in sizes]))
-    far = [_problem(f, "small", f"is {w} × {h} pixels, far less than the others; look whether it shows anything.")
-           for f, w, h in sizes if min(w, h) < usual / 4]
+    usual = float(np.median([min(w, h) for _, w, h in sizes] or [0]))
+    far = [(f, w, h) for f, w, h in sizes if min(w, h) < usual / 4]
     little = [(f, w, h) for f, w, h in sizes if usual / 4 <= min(w, h) < least]
-    if 2 * len(little) <= len(sizes):
-        return far + [_problem(f, "small", f"is {w} × {h} pixels, which shows little; look whether it is a thumbnail.") for f, w, h in little]
-    f, w, h = little[0]
-    return far + [_problem(f, "small", f"and {len(little) - 1} more of {len(sizes)} images are smaller than {least} pixels "
-                                       f"({w} × {h} here); the network sees them enlarged.")]
+    return _each(far, len(sizes), "small", "far less than the others; look whether it shows anything.", "") + _each(
+        little, len(sizes), "small", "which shows little; look whether it is a thumbnail.",
+        f"and {len(little) - 1} more of {len(sizes)} images are smaller than {least} pixels; the network sees them enlarged.")
+
+def _each(found: list, n: int, kind: str, one: str, most: str) -> list[Problem]:
+    "A problem for each of `found`, (file, width, height); a single one where they are most of the n images: then all are so."
+    shown, text = (found[:1], most) if 2 * len(found) > n else (found, one)
+    return [_problem(f, kind, f"is {w} × {h} pixels, {text}") for f, w, h in shown]
 
 # %% ../nbs/01_data.ipynb #4828e8cb
 def _blank(cache: PixelCache) -> list[Problem]:

@@ -212,7 +212,7 @@ def _needed(module: str, package: str, watch: str):
     try:
         return import_module(module)
     except ImportError:
-        raise SFTError(f"watch = {watch!r}: the package {package} is not installed; pip install {package}, or leave watch out.") from None
+        raise SFTError(f"watch = {watch!r}: the package {package} is not installed; install it, or leave watch out.") from None
 
 # %% ../nbs/09_recipe.ipynb #c26c012f
 def _scalars(row: dict) -> dict[str, float]:

@@ -374,7 +374,7 @@ def test_a_table_is_kept_up_to_date(hard, tmp_path):
 def test_a_library_that_is_not_installed_is_named(stripes, tmp_path, monkeypatch, name):
     for module in ("wandb", "tensorboard", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SFTError, match=f"watch = '{name}': the package {name} is not installed; pip install {name}, or leave watch out"):
+    with pytest.raises(SFTError, match=f"watch = '{name}': the package {name} is not installed; install it, or leave watch out"):
         FineTuner(stripes, NETWORK, tmp_path / "a", watch=name, **SMALL)
 
 
