@@ -263,7 +263,7 @@ Keep = Annotated[bool, typer.Option("--keep-checkpoint", help="Keep last.ckpt wh
 def _summary(result, artifact: Path) -> dict:
     "What a program wants to know after a fit."
     card, metrics = result.card, result.card["metrics"]
-    of_metrics = {k: metrics[k] for k in ("accuracy", "head_accuracy", "n_train", "n_val", "n_held_back")}
+    of_metrics = {k: metrics[k] for k in ("accuracy", "head_accuracy", "n_train", "n_test", "n_val")}
     of_card = {k: card[k] for k in ("classes", "problems", "seconds", "phases", "chosen", "backbone", "seed")}
     return of_metrics | of_card | {
         "notes": card.get("notes", []), "size": card["preprocessing"]["size"], "history": result.history,
@@ -274,7 +274,7 @@ def _tell(result, artifact: Path) -> None:
     "What a person wants to know after a fit."
     card, m = result.card, result.card["metrics"]
     _notes([p["message"] for p in card["problems"]] + card.get("notes", []), f"{artifact / 'card.json'}")
-    parts = f"{m['n_held_back']} of them for validation; {m['n_val']} to report on"
+    parts = f"{m['n_val']} of them for validation; {m['n_test']} to report on"
     print(f"{m['n_train']} images to train on, {parts}")
     if m["head_accuracy"] is not None: print(f"linear head on frozen features  {m['head_accuracy']:.3f}")
     how = "upper stages tuned from that head"
@@ -354,12 +354,12 @@ def check(folder: Folder, strict: Strict = False, as_json: AsJson = False) -> No
 
     Exit status 0 where a fit is possible, with notes or without; 1 where it is not. Nothing is changed.
     """
-    from sft_course.data import decode_once, decoded_size, describe, inspect, require_whole, scan
+    from sft_course.data import decode_once, decoded_size, describe, find_problems, require_whole, scan
     settings = load_settings()
     with _results(as_json) as done:
         size = decoded_size(settings.fit_image_size)
         found = decode_once(scan(_there(folder), settings.seed), size, settings.cache_dir)
-        c, problems = found.catalog, found.catalog.problems + inspect(found)
+        c, problems = found.catalog, found.catalog.problems + find_problems(found)
         print("\n".join(describe(c, problems)))
         done(_check_summary(c, problems))
         if strict: require_whole(c)
@@ -549,7 +549,7 @@ def _report_on(asked: _Asked) -> str:
     from dataclasses import asdict
     from sft_course.evaluation import report_html
     problems = [asdict(p) for p in asked.pixels.catalog.problems]
-    metrics = {"n_val": len(asked.rows)}
+    metrics = {"n_test": len(asked.rows)}
     card = asked.result.card | {"metrics": metrics, "data": asked.pixels.key, "problems": problems}
     seen = asked.pixels.pixels[asked.rows]
     return report_html(card, asked.result.history, asked.evaluation, None, asked.result.backbone, seen)
@@ -815,9 +815,9 @@ def _settings_in_force() -> dict[str, Any]:
     mine = [k for k, where in settings.origin.items() if where.startswith("environment")]
     return {"file": str(file) if file else None} | {k: getattr(settings, k) for k in mine}
 
-def _found(look: Callable[[], Any]) -> Any:
-    "What `look` finds, or why it cannot."
-    try: return look()
+def _found(to_input: Callable[[], Any]) -> Any:
+    "What `to_input` finds, or why it cannot."
+    try: return to_input()
     except Exception as e: return f"cannot be told ({type(e).__name__}: {str(e)[:300]})"
 
 _LOOKS = {"versions": _versions, "settings": _settings_in_force, "device": _devices, "threads": _threads,
@@ -829,8 +829,8 @@ def doctor(as_json: AsJson = False) -> None:
     """Say what a bug report needs: versions, device, threads, cache, weights, speed (two seconds)."""
     with _results(as_json) as done:
         told = {}
-        for name, look in _LOOKS.items():
-            told[name] = _found(look)
+        for name, to_input in _LOOKS.items():
+            told[name] = _found(to_input)
             pairs = told[name].items() if isinstance(told[name], dict) else [("", told[name])]
             for key, value in pairs: print(f"{name:<10}{key:<18}{value}", flush=True)
         done(told)

@@ -9,8 +9,8 @@ __all__ = ['FORMATS', 'PICTURES', 'JUNK', 'TOOLS', 'THUMBNAILS', 'PARTS', 'FILLE
            'require_test', 'require_parts', 'require_whole', 'scan', 'open_data', 'read_picture', 'why_unreadable',
            'PixelCache', 'decode_once', 'decoded_size', 'cache_summary', 'clear_cache', 'evict', 'free_memory',
            'require_memory', 'difference_hash', 'bits_apart', 'close_hashes', 'find_leaks', 'leaks_between_parts',
-           'inspect', 'describe', 'look', 'plain_view', 'random_view', 'turned', 'random_colour', 'recolour',
-           'channel_stats']
+           'find_problems', 'describe', 'to_input', 'plain_view', 'random_view', 'rotate', 'random_colour',
+           'color_jitter', 'channel_stats']
 
 # %% ../nbs/01_data.ipynb #96e67cda
 import csv, errno, hashlib, json, os, re, shutil, stat, tempfile, threading, unicodedata, warnings
@@ -74,10 +74,10 @@ class Catalog:
         return replace(self, files=tuple(f for f, k in zip(self.files, mask) if k), labels=self.labels[mask],
                        part=self.part[mask], problems=self.problems + problems)
 
-    def few(self, per_class: int, seed: int = 0) -> "Catalog":
+    def sample_per_class(self, per_class: int, seed: int = 0) -> "Catalog":
         """The same catalog with `per_class` images of each class, `train` and `val` together (all of them where a class has fewer).
 
-        `val` keeps its share of them, and at least one from `few(2)` on; the one image of `few(1)` is in `train`, which is too
+        `val` keeps its share of them, and at least one from `sample_per_class(2)` on; the one image of `sample_per_class(1)` is in `train`, which is too
         little for `decode_once`. All of `test` is kept.
         """
         rng, mask = np.random.default_rng(seed), self.part == "test"
@@ -1644,7 +1644,7 @@ def free_memory() -> int | None:
 def require_memory(n: int, size: int, bytes_each: float = 0, free: float | None = None) -> None:
     """Raise `SFTError` where `n` images of `size` × `size` pixels in the network together need more memory than there is.
 
-    bytes_each: what the network keeps for one image of that size, as `account` counts it; by default the image alone, in float32.
+    bytes_each: what the network keeps for one image of that size, as `stage_costs` counts it; by default the image alone, in float32.
     free: bytes of memory; by default what `free_memory` says, so for a GPU give its own.
     """
     free = free_memory() if free is None else free
@@ -1872,7 +1872,7 @@ def _crowd(c: Catalog, crowd: np.ndarray) -> Problem:
 
 # %% ../nbs/01_data.ipynb #6a0410e6
 def find_leaks(cache: PixelCache) -> tuple[Problem, ...]:
-    "What `inspect` knows of copies in two parts of a data set or with two labels: that decides whether a result means anything."
+    "What `find_problems` knows of copies in two parts of a data set or with two labels: that decides whether a result means anything."
     c = cache.catalog
     at = {f: k for k, f in enumerate(c.files)}
     pairs = [(p, at[p.other], at[p.path]) for p in _copies(cache)]
@@ -1882,7 +1882,7 @@ def find_leaks(cache: PixelCache) -> tuple[Problem, ...]:
 def leaks_between_parts(catalog: Catalog) -> tuple[Problem, ...]:
     """Problems of kind leak: the same file in two parts of a catalog, found by a hash of the bytes.
 
-    Needs no decoding, and reads only files that have the size of another one. `inspect` finds images that look the same, too.
+    Needs no decoding, and reads only files that have the size of another one. `find_problems` finds images that look the same, too.
     """
     c = catalog
     text = "({}) is the same file as {} ({}); a part that knows the other's pictures measures nothing, so take one away."
@@ -1951,7 +1951,7 @@ def _balance(c: Catalog) -> list[Problem]:
     return rare + [Problem(k, "untested", f"class {k!r} has no test pictures; nothing will be known of it.") for k, n in zip(c.classes, test) if not n and k not in said]
 
 # %% ../nbs/01_data.ipynb #5028f1c3
-def inspect(cache: PixelCache) -> tuple[Problem, ...]:
+def find_problems(cache: PixelCache) -> tuple[Problem, ...]:
     """What the decoded pictures of a data set show to be wrong, beyond what `scan` and `decode_once` found.
 
     Kinds: duplicate, near duplicate, leak, two labels, look-alikes, blank, small, elongated, animated, broken EXIF, changed, imbalance, untested.
@@ -1977,7 +1977,7 @@ def describe(catalog: Catalog, problems: tuple[Problem, ...] = (), most: int = 2
     return lines if problems else lines + ["nothing was found wrong"]
 
 # %% ../nbs/01_data.ipynb #665e4344
-def look(pixels: np.ndarray, theta: np.ndarray, size: int, mean, std, device="cpu"):
+def to_input(pixels: np.ndarray, theta: np.ndarray, size: int, mean, std, device="cpu"):
     """Pictures as the network sees them: float32 (b, 3, size, size), channels-last, normalised by `mean` and `std`.
 
     pixels: uint8 (b, s, s, 3); theta: float32 (b, 2, 3), a view. Only bytes travel to the device.
@@ -2006,7 +2006,7 @@ def random_view(n: int, seed, area: tuple[float, float] = (.5, 1.)) -> np.ndarra
     return theta
 
 # %% ../nbs/01_data.ipynb #f55390be
-def turned(theta: np.ndarray, degrees: np.ndarray) -> np.ndarray:
+def rotate(theta: np.ndarray, degrees: np.ndarray) -> np.ndarray:
     "Views float32 (n, 2, 3), each turned by its own angle, `degrees` (n,); what lies outside the picture is mirrored in."
     a = np.deg2rad(degrees)
     turn = np.stack([np.cos(a), -np.sin(a), np.sin(a), np.cos(a)], -1).reshape(-1, 2, 2)
@@ -2020,8 +2020,8 @@ def random_colour(n: int, seed, strength: float = .4) -> np.ndarray:
     return np.concatenate([b * k * (s * np.eye(3) + (1 - s) * grey), np.broadcast_to((1 - k) / 2, (n, 3, 1))], 2).astype(np.float32)
 
 # %% ../nbs/01_data.ipynb #60cdc71d
-def recolour(x, colour: np.ndarray, mean, std):
-    "Pictures (b, 3, h, w) as `look` returns them, each with its own map of colours (b, 3, 4) applied, on their device."
+def color_jitter(x, colour: np.ndarray, mean, std):
+    "Pictures (b, 3, h, w) as `to_input` returns them, each with its own map of colours (b, 3, 4) applied, on their device."
     import torch
     mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (mean, std))
     m = torch.from_numpy(colour).to(x.device)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COOLEST', 'HOTTEST', 'Evaluation', 'eval_logits', 'evaluate', 'wilson', 'confusion', 'confused_pairs',
-           'confusion_figure', 'per_class', 'per_class_figure', 'mistakes', 'centre', 'gallery_figure', 'captions',
-           'reliability', 'ece', 'ece_by_luck', 'scaled', 'fit_temperature', 'reliability_figure', 'spatial_layer',
-           'grad_cam', 'spotlight', 'nearest', 'Paired', 'mcnemar', 'needed_pictures', 'report_html']
+           'confusion_figure', 'per_class', 'per_class_figure', 'mistakes', 'center_crop', 'gallery_figure', 'captions',
+           'reliability', 'ece', 'ece_by_luck', 'with_temperature', 'fit_temperature', 'reliability_figure',
+           'spatial_layer', 'grad_cam', 'spotlight', 'nearest', 'Paired', 'mcnemar', 'needed_pictures', 'report_html']
 
 # %% ../nbs/08_evaluation.ipynb #2258c018
 import base64, html, math
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 from .core import PALETTE, SFTError
-from .data import PixelCache, look, plain_view
+from .data import PixelCache, to_input, plain_view
 from .backbones import Backbone
 from .loop import predict_logits
 from .freezing import pictures_at_once
@@ -75,7 +75,7 @@ def eval_logits(backbone: Backbone, pixels: np.ndarray, size: int, device="cpu",
     rows = np.arange(len(pixels)) if rows is None else np.asarray(rows)
     def logits(flip):
         theta = plain_view(len(rows), size / pixels.shape[1], flip)
-        def batch(at): return look(pixels[rows[at]], theta[at], size, backbone.mean, backbone.std, device)
+        def batch(at): return to_input(pixels[rows[at]], theta[at], size, backbone.mean, backbone.std, device)
         return predict_logits(backbone.model, batch, len(rows), pictures_at_once(device, size))
     return (logits(False) + logits(True)) / 2
 
@@ -178,7 +178,7 @@ def mistakes(e: Evaluation, k: int = 12) -> np.ndarray:
     return wrong[np.argsort(-e.confidence[wrong], kind="stable")][:k]
 
 # %% ../nbs/08_evaluation.ipynb #3238c38b
-def centre(pixels: np.ndarray, size: int) -> np.ndarray:
+def center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
     "The central uint8 (n, size, size, 3) of decoded pictures (n, s, s, 3): what the plain view shows the network."
     margin = (pixels.shape[1] - size) // 2
     return pixels[:, margin:margin + size, margin:margin + size]
@@ -227,7 +227,7 @@ def ece_by_luck(e: Evaluation, bins: int = 10, draws: int = 200, seed: int = 0) 
     return sum(np.abs((luck - sure)[:, at == b].sum(1)) for b in range(bins)) / n
 
 # %% ../nbs/08_evaluation.ipynb #cc853e21
-def scaled(e: Evaluation, temperature: float) -> Evaluation:
+def with_temperature(e: Evaluation, temperature: float) -> Evaluation:
     "The same evaluation with every logit divided by `temperature`: above 1 less sure, below 1 surer, the predictions unchanged."
     return replace(e, logits=e.logits / temperature)
 
@@ -253,7 +253,7 @@ def reliability_figure(e: Evaluation, temperature: float | None = None, bins: in
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(4.6, 4.2))
     ax.plot([0, 1], [0, 1], color=PALETTE["chance"], ls=":")
-    series = [("as trained", e, "destroyed", 0)] + ([(f"temperature {temperature:.2f}", scaled(e, temperature), "tuned", .008)] if temperature else [])
+    series = [("as trained", e, "destroyed", 0)] + ([(f"temperature {temperature:.2f}", with_temperature(e, temperature), "tuned", .008)] if temperature else [])
     for name, one, role, shift in series:
         r = reliability(one, bins).dropna()
         ax.errorbar(r.confidence + shift, r.accuracy, (r.accuracy - r.low, r.high - r.accuracy), fmt="o-", color=PALETTE[role], capsize=2,
@@ -313,7 +313,7 @@ def _last_that_counts(names: list[str], slopes: Sequence[torch.Tensor | None], w
 
 # %% ../nbs/08_evaluation.ipynb #2a173c39
 def grad_cam(backbone: Backbone, x: torch.Tensor, labels, layer: str | None = None) -> np.ndarray:
-    """Where evidence for `labels` lies: float32 (b, s, s) from 0 to 1, for pictures x (b, 3, s, s) as `look` makes them; one label, or b.
+    """Where evidence for `labels` lies: float32 (b, s, s) from 0 to 1, for pictures x (b, 3, s, s) as `to_input` makes them; one label, or b.
 
     layer: name of the module whose output is weighed; None: `spatial_layer`. Raises `SFTError` where the network has no such map.
     Source: Selvaraju et al. 2017.
@@ -495,7 +495,7 @@ def _headline(card: dict, test: Evaluation) -> str:
 def _data_part(card: dict, test: Evaluation) -> str:
     "Classes, counts and what was found wrong with the files."
     m, k = card.get("metrics") or {}, len(test.classes)
-    counts = [f"{m[key]} {text}" for key, text in (("n_train", "to learn from"), ("n_held_back", "of these held back to choose by"), ("n_val", "to test on")) if m.get(key) is not None]
+    counts = [f"{m[key]} {text}" for key, text in (("n_train", "to learn from"), ("n_val", "of these held back to choose by"), ("n_test", "to test on")) if m.get(key) is not None]
     names = ", ".join(_name(c) for c in test.classes)
     return _part("Data", f"<p>{', '.join(counts) or f'{len(test)} test pictures'}.</p>",
                  f"<p>{k} classes: {names}.</p>" if k <= 20 else _more(f"{k} classes", f"<p>{names}</p>"), _problems(card.get("problems") or []))
@@ -572,7 +572,7 @@ def _calibration_part(test: Evaluation, held: Evaluation | None) -> str:
     at_end = t is not None and not 1.01 * COOLEST < t < .99 * HOTTEST
     diagonal = f'<path d="M{_xy(0, 0)} L{_xy(1, 1)}" stroke="var(--soft)" stroke-dasharray="3 4"/>'
     inside = _axes("confidence", "accuracy", {x: f"{x:g}" for x in (0, .25, .5, .75, 1)}) + diagonal + _reliability_svg(test, "var(--bad)")
-    if t and not at_end: inside += _reliability_svg(scaled(test, t), "var(--main)", .008)
+    if t and not at_end: inside += _reliability_svg(with_temperature(test, t), "var(--main)", .008)
     alt = f"Accuracy against confidence on {len(test)} test pictures; the mean distance from the diagonal is {ece(test):.3f}."
     key = "Pink: as trained" + ("; orange: at that temperature." if t and not at_end else ".") + " Upright lines: 95 % intervals. On the diagonal, confidence is accuracy."
     return _part("Calibration", _calibration_text(test, held, t, at_end), _drawing(inside, alt, key))
@@ -583,7 +583,7 @@ def _calibration_text(test: Evaluation, held: Evaluation | None, t: float | None
             f"confidences that are true would show {low:.3f} to {high:.3f} by luck alone.</p>")
     if t is None: return text + "<p>There were no held-back pictures to fit a temperature on.</p>"
     if at_end: return text + f"<p>No temperature could be fitted on the {len(held)} held-back pictures: they are all right, or too few, or the network has no use for any.</p>"
-    return text + f"<p>Logits divided by the temperature {t:.2f}, fitted on {len(held)} held-back pictures, give an error of {ece(scaled(test, t)):.3f} here.{' Fitted on so few, it is a rough guess.' * (len(held) < 100)}</p>"
+    return text + f"<p>Logits divided by the temperature {t:.2f}, fitted on {len(held)} held-back pictures, give an error of {ece(with_temperature(test, t)):.3f} here.{' Fitted on so few, it is a rough guess.' * (len(held) < 100)}</p>"
 
 # %% ../nbs/08_evaluation.ipynb #43cc4da1
 def _jpeg(x: np.ndarray) -> str:
@@ -607,7 +607,7 @@ def _mistakes_part(card: dict, test: Evaluation, backbone: Backbone, pixels: np.
     rows, size = mistakes(test, most), min((card.get("preprocessing") or {}).get("size") or backbone.size, pixels.shape[1])
     if not len(rows): return _part("Mistakes", "<p>There is none among the test pictures.</p>")
     said, sure, some = test.predictions, test.confidence, np.stack([pixels[i] for i in rows])
-    shown = centre(some, size)
+    shown = center_crop(some, size)
     try: lit, text = spotlight(shown, _cams(backbone, some, size, said[rows])), "Right beside each: the picture turns grey where it says nothing for that class (Grad-CAM)."
     except Exception as e: lit, text = [None] * len(rows), f"What the network looks at cannot be shown for it ({_e(str(e).splitlines()[0][:200] if str(e) else type(e).__name__)})."
     figures = "".join(_mistake(test, i, said[i], sure[i], a, b) for i, a, b in zip(rows, shown, lit))
@@ -616,7 +616,7 @@ def _mistakes_part(card: dict, test: Evaluation, backbone: Backbone, pixels: np.
 
 def _cams(backbone: Backbone, pixels: np.ndarray, size: int, labels: np.ndarray) -> np.ndarray:
     device = next(backbone.model.parameters()).device
-    x = look(pixels, plain_view(len(pixels), size / pixels.shape[1]), size, backbone.mean, backbone.std, device)
+    x = to_input(pixels, plain_view(len(pixels), size / pixels.shape[1]), size, backbone.mean, backbone.std, device)
     return grad_cam(backbone, x, labels)
 
 # %% ../nbs/08_evaluation.ipynb #79704582

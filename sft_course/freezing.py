@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .core import load_settings, own_torch_state, pick_device, progress, SFTError, whole_file
-from .data import look, PixelCache, plain_view, random_view
+from .data import to_input, PixelCache, plain_view, random_view
 from .backbones import Backbone, evaluation_mode, new_head, open_backbone
 from .loop import batches, copy_state, predict_logits, score
 
@@ -40,7 +40,7 @@ def head_loop(data: PixelCache, lr: float, seed: int = 0, epochs: int = 8, size:
     center = plain_view(len(labels), size / data.pixels.shape[1])
 
     def images(rows, view):
-        return look(data.pixels[rows], view[rows], size, net.mean, net.std, device)
+        return to_input(data.pixels[rows], view[rows], size, net.mean, net.std, device)
 
     optimizer = torch.optim.SGD(net.head.parameters(), lr=lr, momentum=.9)
     lowest = math.inf
@@ -378,7 +378,7 @@ class _Job:
 def _block(self: _Job, number: int, kind: type) -> np.ndarray:
     "What comes out for one block of pictures. The blocks are always the same: a sum may depend on what else is in a batch."
     some = self.rows[number * self.step:(number + 1) * self.step]
-    x = look(self.pixels.pixels[some], self.theta[some], self.size, self.backbone.mean, self.backbone.std, self.device)
+    x = to_input(self.pixels.pixels[some], self.theta[some], self.size, self.backbone.mean, self.backbone.std, self.device)
     with torch.no_grad(): x = self.lower(x).float()
     finite = x.isfinite().flatten(1).all(1)
     if not finite.all():
@@ -775,7 +775,7 @@ def exact_head(data: PixelCache, net: Backbone, size: int = 96) -> Backbone:
     labels = torch.from_numpy(data.catalog.labels).to(device)
     center = plain_view(len(labels), size / data.pixels.shape[1])
     body, _ = split_at(net, len(net.stages) - 1)
-    x = predict_logits(body, lambda at: look(data.pixels[at], center[at], size, net.mean, net.std, device), len(labels)).flatten(1)
+    x = predict_logits(body, lambda at: to_input(data.pixels[at], center[at], size, net.mean, net.std, device), len(labels)).flatten(1)
     heads = [fit_head(x[train], labels[train], len(data.catalog.classes), decay) for decay in (.01, .1, 1.)]
     W, b = min(heads, key=lambda head: F.cross_entropy(x[val] @ head[0].T + head[1], labels[val]))
     with torch.no_grad():

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .core import SFTError, load_settings, pick_device, progress, seeded, whole_file
-from .data import PixelCache, look, plain_view, random_view
-from .backbones import Backbone, misfits, new_head, open_backbone
+from .data import PixelCache, to_input, plain_view, random_view
+from .backbones import Backbone, mismatched_keys, new_head, open_backbone
 
 # %% ../nbs/04_loop.ipynb #4f582be7
 def batches(n: int, size: int, seed=None) -> list[np.ndarray]:
@@ -208,7 +208,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: torch.optim.O
     path = Path(path)
     found = read_checkpoint(path)
     def refuse(what, then): raise SFTError(f"{path}: {what}; {then}.")
-    if wrong := misfits(model.state_dict(), found["model"]):
+    if wrong := mismatched_keys(model.state_dict(), found["model"]):
         refuse(f"{len(wrong)} entries do not fit this network, the first is {wrong[0]}", "use the network it was saved from")
     if found["kind"] != (mine := type(optimizer).__name__):
         refuse(f"it holds the state of {found['kind']}, not of {mine}", "use the optimiser it was saved from")
@@ -355,7 +355,7 @@ def plain_loop(data: PixelCache, lr: float, seed: int = 0, epochs: int = 8, size
     center = plain_view(len(labels), size / data.pixels.shape[1])
 
     def images(rows, view):
-        return look(data.pixels[rows], view[rows], size, net.mean, net.std, device)
+        return to_input(data.pixels[rows], view[rows], size, net.mean, net.std, device)
 
     optimizer = torch.optim.SGD(net.model.parameters(), lr=lr, momentum=.9)
     lowest = math.inf

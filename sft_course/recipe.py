@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import sft_course
 from .core import SFTError, Settings, load_settings, open_dataset, pick_device, whole_file
-from .data import Catalog, decode_once, decoded_size, look, plain_view, random_view, read_picture, scan
-from .backbones import account, Backbone, misfits, new_head, open_backbone
+from .data import Catalog, decode_once, decoded_size, to_input, plain_view, random_view, read_picture, scan
+from .backbones import stage_costs, Backbone, mismatched_keys, new_head, open_backbone
 from .loop import Diverged, Score, batches, copy_state, fit, predict_logits, read_checkpoint, score
 from .freezing import EveryStage, HeadChoice, Rows, activations, choose_head, fit_wide_head, fold_for, head_logits, pictures_at_once, split_at, stage_features
 from .unfreezing import first_trainable, freeze_below, param_groups, training_mode
@@ -138,7 +138,7 @@ class Result:
 
     @cached_property
     def model(self) -> nn.Module:
-        "The network by itself, sharing its weights: of images as `look` makes them it gives logits (n, classes)."
+        "The network by itself, sharing its weights: of images as `to_input` makes them it gives logits (n, classes)."
         model = self.backbone.model
         return model.plain() if isinstance(model, EveryStage) else model
 
@@ -157,7 +157,7 @@ class Result:
 
     def __repr__(self) -> str:
         m = self.card["metrics"]
-        return f"Result({m['accuracy']:.3f} accuracy on {m['n_val']} pictures, {len(self.classes)} classes, {self.backbone.name})"
+        return f"Result({m['accuracy']:.3f} accuracy on {m['n_test']} pictures, {len(self.classes)} classes, {self.backbone.name})"
 
 # %% ../nbs/09_recipe.ipynb #12c649ff
 from importlib import import_module
@@ -286,7 +286,7 @@ def _watcher(watch: Callable[[dict], Any] | str | None, out: Path | None) -> Cal
 # %% ../nbs/09_recipe.ipynb #mem0ne01
 def _bytes_of_one(backbone: Backbone, size: int) -> float:
     "What the network keeps for the backward pass of one image of `size` pixels, scaled from a count at its own size."
-    kept = sum(row["activation_bytes"] for row in account(backbone, backbone.size))
+    kept = sum(row["activation_bytes"] for row in stage_costs(backbone, backbone.size))
     return kept * (size / backbone.size) ** 2
 
 # %% ../nbs/09_recipe.ipynb #a8da7a0f
@@ -456,7 +456,7 @@ def _show(tuner: FineTuner) -> None:
         tuner.watch(dict(tuner.history[-1]))
 
 # %% ../nbs/09_recipe.ipynb #177596a0
-FineTuner.step = run_phase
+FineTuner.run_phase = run_phase
 
 # %% ../nbs/09_recipe.ipynb #99d875d1
 @dataclass(frozen=True, eq=False)  # tensors have no single truth: a candidate equals itself alone
@@ -539,7 +539,7 @@ def _source(tuner: FineTuner, phase: Phase, lower, rows: np.ndarray, fixed: tupl
         theta = _views(tuner, phase, e, rows, fixed)
         def batch(at):
             with torch.no_grad():
-                x = lower(look(tuner.pixels.pixels[rows[at]], theta[at], tuner.size, tuner.backbone.mean, tuner.backbone.std, tuner.device))
+                x = lower(to_input(tuner.pixels.pixels[rows[at]], theta[at], tuner.size, tuner.backbone.mean, tuner.backbone.std, tuner.device))
             return x if isinstance(lower, torch.nn.Identity) else _as_kept(x)
         return batch
     return fresh
@@ -766,7 +766,7 @@ def _announce(tuner: FineTuner, phases: tuple[Phase, ...], done: int) -> list[fl
 def _seconds(tuner: FineTuner, phases: tuple[Phase, ...]) -> list[float]:
     "A rough guess at the seconds of each phase."
     b, n = tuner.backbone, pictures_at_once(tuner.device, tuner.size)
-    operations = np.array([r["multiply_adds"] for r in account(b, tuner.size)], float)
+    operations = np.array([r["multiply_adds"] for r in stage_costs(b, tuner.size)], float)
     x = torch.zeros(n, 3, tuner.size, tuner.size, device=tuner.device)
     def forward():
         start = time.perf_counter()
@@ -805,7 +805,7 @@ def _card(tuner: FineTuner, chosen: Candidate, test: Score) -> dict:
     return {"classes": list(c.classes), "backbone": b.name, "weights": b.weights, "head": "every" if kept and head.every_stage else "last",
             "preprocessing": {"size": tuner.size, "crop": b.crop, "mean": list(b.mean), "std": list(b.std), "levels": _as_list(tuner.pixels.levels)},
             "metrics": {"accuracy": test.accuracy, "loss": test.loss, "head_accuracy": head and score(head.test, tuner.labels[tuner.test]).accuracy,
-                        "n_train": len(tuner.train) + len(tuner.val), "n_held_back": len(tuner.val), "n_val": len(tuner.test)},
+                        "n_train": len(tuner.train) + len(tuner.val), "n_val": len(tuner.val), "n_test": len(tuner.test)},
             "chosen": "head" if kept else "tuned", "phases": [asdict(p) for p in tuner.done], "seed": tuner.seed,
             "problems": [asdict(p) for p in c.problems], "notes": tuner.notes, "data": tuner.pixels.key, "versions": _versions(),
             "seconds": round(time.perf_counter() - tuner.started, 1)}
@@ -1148,7 +1148,7 @@ def load_artifact(folder: str | Path, device="cpu", model: nn.Module | None = No
 def _fill(folder: Path, model: nn.Module, card: dict) -> None:
     "Give the network the weights of an artifact."
     found, names, own = _weights(folder, card), _known_as(model, card), model.state_dict()
-    if wrong := misfits({names[k]: v for k, v in own.items()}, found):
+    if wrong := mismatched_keys({names[k]: v for k, v in own.items()}, found):
         raise SFTError(f"{folder}: model.safetensors does not fit card.json, first at {wrong[0]}; fit again.")
     model.load_state_dict({k: found[names[k]] for k in own})
 

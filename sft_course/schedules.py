@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .core import SFTError, load_settings, pick_device, seeded
-from .data import PixelCache, look, plain_view, random_view
+from .data import PixelCache, to_input, plain_view, random_view
 from .backbones import Backbone, new_head, open_backbone
 from .loop import add_gradients, batches, copy_state, predict_logits, score
 from .freezing import exact_head
@@ -206,7 +206,7 @@ def scheduled_loop(data: PixelCache, lr: float, seed: int = 0, epochs: int = 8, 
     center = plain_view(len(labels), size / data.pixels.shape[1])
 
     def images(rows, view):
-        return look(data.pixels[rows], view[rows], size, net.mean, net.std, device)
+        return to_input(data.pixels[rows], view[rows], size, net.mean, net.std, device)
 
     optimizer = torch.optim.SGD([p for p in net.model.parameters() if p.requires_grad], lr=lr, momentum=.9)
     factor = schedule("cosine", epochs * len(batches(len(train), 32)), warmup=.1)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .core import SFTError, load_settings, pick_device
-from .data import PixelCache, look, plain_view, random_view
-from .backbones import Backbone, account, new_head, open_backbone
+from .data import PixelCache, to_input, plain_view, random_view
+from .backbones import Backbone, stage_costs, new_head, open_backbone
 from .loop import batches, copy_state, predict_logits, score
 from .freezing import exact_head
 
@@ -34,7 +34,7 @@ def training_costs(backbone: Backbone, size: int, batch: int = 1) -> list[dict[s
     the backward pass, gradients and AdamW's moments (float32); `multiply_adds`, and `cached_multiply_adds` where the output of
     the frozen stages is kept instead of computed. The backward pass is taken as twice the forward pass.
     """
-    rows, costs = account(backbone, size, batch), []
+    rows, costs = stage_costs(backbone, size, batch), []
     forward, parameters, kept, ops = sum(r["multiply_adds"] for r in rows), 0, 0, 0
     for r in reversed(rows):
         parameters, kept, ops = parameters + r["parameters"], kept + r["activation_bytes"], ops + r["multiply_adds"]
@@ -106,7 +106,7 @@ def upper_loop(data: PixelCache, lr: float, seed: int = 0, epochs: int = 8, size
     center = plain_view(len(labels), size / data.pixels.shape[1])
 
     def images(rows, view):
-        return look(data.pixels[rows], view[rows], size, net.mean, net.std, device)
+        return to_input(data.pixels[rows], view[rows], size, net.mean, net.std, device)
 
     optimizer = torch.optim.SGD([p for p in net.model.parameters() if p.requires_grad], lr=lr, momentum=.9)
     lowest = math.inf

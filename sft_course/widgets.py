@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from .blooms import kernel_runs
 from .core import PALETTE, SFTError
-from .backbones import Backbone, account
+from .backbones import Backbone, stage_costs
 from .losses import cross_entropy, cross_entropy_gradient, softmax
 from .schedules import SCHEDULES, rate_table
 from .evaluation import Evaluation
@@ -116,7 +116,7 @@ def logits_widget(names: Sequence[str] = ("class 1", "class 2", "class 3"), logi
 
 # %% ../nbs/a2_widgets.ipynb #61ad35db
 def _totals(rows: Sequence[dict], train: int) -> dict[str, float]:
-    """What training the upper `train` of the stages in `rows`, from `account`, costs: `parameters`, `megabytes` of activations, and
+    """What training the upper `train` of the stages in `rows`, from `stage_costs`, costs: `parameters`, `megabytes` of activations, and
     `operations`, `cached` (the frozen part computed once and kept) as shares of training all. A backward pass counts as two forward."""
     upper, ops = rows[len(rows) - train:], sum(r["multiply_adds"] for r in rows)
     mine = sum(r["multiply_adds"] for r in upper)
@@ -151,7 +151,7 @@ def _figure(value: float) -> str:
 
 # %% ../nbs/a2_widgets.ipynb #328fdbff
 def draw_stages(rows: Sequence[dict], train: int) -> Drawing:
-    """The stages of a network in order, the upper `train` of them trained; `rows`: what `account` returns for one picture.
+    """The stages of a network in order, the upper `train` of them trained; `rows`: what `stage_costs` returns for one picture.
 
     An operation is a multiply-add; in a trained stage it is counted three times, since the backward pass takes about two forward passes.
     Raises `SFTError` where `train` is not from 1 to the number of stages.
@@ -200,7 +200,7 @@ def stage_explorer(backbone: Backbone, size: int | None = None, train: int = 1, 
 
     size: of the pictures, in pixels (None: the network's own); live: as in `logits_widget`. The network is run once, on an empty picture.
     """
-    rows = account(backbone, size or backbone.size)
+    rows = stage_costs(backbone, size or backbone.size)
     if not (kernel_runs() if live is None else live): return draw_stages(rows, train)
     import ipywidgets as w
     slider = w.IntSlider(train, min=1, max=len(rows), description="stages that train", style=_WIDE, layout={"width": "34em"})

@@ -43,16 +43,16 @@ TOOLS_MOST = {"line": LINE, "long": 0}
 
 # What is above a limit and may stay for now. Written by --update; a value may be lowered at any time.
 ALLOWED: dict[str, dict[str, float]] = {
-    "00_concepts": {"cells": 120, "exported": 349, "line": 173, "long": 53},
-    "01_data": {"cells": 436, "words": 4683, "exported": 1593, "line": 226, "long": 341},
-    "02_backbones": {"cells": 219, "words": 3889, "exported": 507, "line": 199, "long": 123},
+    "00_concepts": {"cells": 120, "exported": 348, "line": 173, "long": 54},
+    "01_data": {"cells": 436, "words": 4683, "exported": 1593, "line": 226, "long": 334},
+    "02_backbones": {"cells": 219, "words": 3889, "exported": 507, "line": 199, "long": 126},
     "03_loss": {"cells": 159, "words": 3408, "line": 302, "long": 86},
     "04_loop": {"cells": 231, "words": 3879, "exported": 306, "line": 149, "long": 129},
     "05_frozen_head": {"cells": 228, "words": 4296, "exported": 614, "line": 180, "long": 187},
-    "06_unfreezing": {"cells": 163, "words": 3934, "line": 260, "long": 116},
-    "07_schedules": {"cells": 158, "words": 3104, "exported": 181, "line": 147, "long": 62},
-    "08_evaluation": {"cells": 215, "words": 3245, "exported": 508, "line": 225, "long": 222},
-    "09_recipe": {"cells": 227, "exported": 1025, "line": 278, "long": 174},
+    "06_unfreezing": {"cells": 163, "words": 3934, "line": 260, "long": 117},
+    "07_schedules": {"cells": 158, "words": 3104, "exported": 181, "line": 147, "long": 63},
+    "08_evaluation": {"cells": 215, "words": 3245, "exported": 508, "line": 235, "long": 223},
+    "09_recipe": {"cells": 227, "exported": 1025, "line": 278, "long": 175},
     "a1_blooms": {"line": 143, "long": 94},
     "a2_widgets": {"line": 166, "long": 107},
     "a3_exercises": {"line": 250, "long": 179},

@@ -44,8 +44,8 @@ def image(folder):
 
 def test_the_history_holds_numbers(folder, tmp_path):
     tuner = FineTuner(folder, size=64, out=tmp_path / "out")
-    tuner.step(Phase("head"))
-    tuner.step(Phase(3, epochs=1))
+    tuner.run_phase(Phase("head"))
+    tuner.run_phase(Phase(3, epochs=1))
     result = tuner.run(Phase("all", epochs=1))
     again = load_artifact(tmp_path / "out")
     assert again.history == [{k: r.get(k) for k in again.history[0]} for r in result.history] and len(again.history) >= 2

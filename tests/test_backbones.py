@@ -3,7 +3,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sft_course.backbones import account, cut_into_stages, load_weights, new_head, open_backbone
+from sft_course.backbones import stage_costs, cut_into_stages, load_weights, new_head, open_backbone
 from sft_course.core import SFTError
 from sft_course.freezing import split_at
 
@@ -152,7 +152,7 @@ def test_accounts_add_up(name, size, theirs):
     from torch.utils.flop_counter import FlopCounterMode
     net = open_backbone(name, None)
     net.model.requires_grad_(False)
-    rows = account(net, size)
+    rows = stage_costs(net, size)
     assert not any(p.requires_grad for p in net.model.parameters()) and not net.model.training
     assert sum(r["parameters"] for r in rows) == sum(p.numel() for p in net.model.parameters())
     net.model.requires_grad_(True)
@@ -169,7 +169,7 @@ def test_memory_counts_what_is_kept_once_and_no_weights():
 
     from sft_course.backbones import Backbone
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2))
-    rows = account(Backbone("toy", net, cut_into_stages(net, 16), (0,) * 3, (1,) * 3, 16, 1., "None"), 16, batch=2)
+    rows = stage_costs(Backbone("toy", net, cut_into_stages(net, 16), (0,) * 3, (1,) * 3, 16, 1., "None"), 16, batch=2)
     assert [r["activation_bytes"] for r in rows] == [2 * 4 * (3 * 16 * 16 + 4 * 14 * 14), 0, 2 * 4 * 5]
     assert [r["multiply_adds"] for r in rows] == [2 * 4 * 14 * 14 * 27, 2 * 5 * 12 * 12 * 36, 2 * 10]
 

@@ -146,8 +146,8 @@ def test_fit_names_what_it_leaves_out_and_goes_on(fitted):
     told = json.loads(done.stdout.splitlines()[-1])
     assert {(p["path"], p["kind"]) for p in told["problems"]} == {
         ("stripes/broken.jpg", "unreadable"), ("waves/text.jpg", "unreadable"), ("waves/notes.txt", "not a picture")}
-    assert told["n_train"] + told["n_val"] == 40 and told["classes"] == ["stripes", "waves"]
-    assert set(told) >= {"accuracy", "head_accuracy", "n_train", "n_val", "classes", "problems", "seconds", "phases", "artifact"}
+    assert told["n_train"] + told["n_test"] == 40 and told["classes"] == ["stripes", "waves"]
+    assert set(told) >= {"accuracy", "head_accuracy", "n_train", "n_test", "classes", "problems", "seconds", "phases", "artifact"}
     assert told["accuracy"] >= .75
     assert "note: stripes/broken.jpg" in done.stderr
     assert (place / "data-model" / "report.html").is_file() and "open data-model/report.html" in done.stderr

@@ -45,7 +45,7 @@ def fitted(cli, tmp_path_factory):
 def test_fit_prints_json_alone_and_tells_people_on_standard_error(fitted):
     place, told = fitted
     assert told["artifact"] == "photos-model" and (place / told["report"]).is_file()
-    assert told["n_train"] + told["n_val"] == 24
+    assert told["n_train"] + told["n_test"] == 24
 
 
 @pytest.mark.parametrize("args", [("check", "photos"), ("backbones", "resnet5?"), ("notebooks", "course"), ("cache",), ("doctor",),
@@ -59,7 +59,7 @@ def test_every_command_prints_one_json_object_and_nothing_else(fitted, cli, args
 def test_demo_prints_json_alone(monkeypatch, tmp_path):
     import sft_course.recipe as recipe
     from sft_course.cli import app
-    metrics = {"accuracy": .9, "head_accuracy": .8, "n_train": 4, "n_val": 2, "n_held_back": 1}
+    metrics = {"accuracy": .9, "head_accuracy": .8, "n_train": 4, "n_test": 2, "n_val": 1}
     card = dict.fromkeys(("classes", "problems", "phases", "notes"), []) | {"metrics": metrics, "chosen": "head", "seconds": 1.}
     card |= {"backbone": "lite0", "seed": 0, "preprocessing": {"size": 64}}
     result = SimpleNamespace(card=card, history=[{"val_loss": float("nan")}], accuracy=.9)

@@ -19,15 +19,15 @@ from sft_course.data import (
     describe,
     difference_hash,
     hold_back,
-    inspect,
-    look,
+    find_problems,
+    to_input,
     plain_view,
     random_colour,
     random_view,
     read_picture,
-    recolour,
+    color_jitter,
     scan,
-    turned,
+    rotate,
 )
 
 
@@ -128,9 +128,9 @@ def test_the_plain_view_is_the_central_crop(size):
     x = np.random.default_rng(0).integers(0, 256, (2, big, big, 3), dtype=np.uint8)
     m = (big - size) // 2
     assert (big - size) % 2 == 0
-    seen = look(x, plain_view(2, size / big), size, (0, 0, 0), (1, 1, 1)).permute(0, 2, 3, 1).numpy() * 255
+    seen = to_input(x, plain_view(2, size / big), size, (0, 0, 0), (1, 1, 1)).permute(0, 2, 3, 1).numpy() * 255
     assert np.abs(seen - x[:, m:big - m, m:big - m]).max() < .1
-    mirrored = look(x, plain_view(2, size / big, flip=True), size, (0, 0, 0), (1, 1, 1)).permute(0, 2, 3, 1).numpy() * 255
+    mirrored = to_input(x, plain_view(2, size / big, flip=True), size, (0, 0, 0), (1, 1, 1)).permute(0, 2, 3, 1).numpy() * 255
     assert np.abs(mirrored[:, :, ::-1] - seen).max() < .1
 
 
@@ -139,14 +139,14 @@ def test_random_views_stay_inside_the_picture_and_do_not_depend_on_the_batch():
     reach = np.abs(theta[:, 0, 0]) + np.abs(theta[:, 0, 2])
     assert reach.max() <= 1 + 1e-6 and (theta[:, 0, 0] < 0).mean() == pytest.approx(.5, abs=.1)
     x = np.random.default_rng(0).integers(0, 256, (4, 72, 72, 3), dtype=np.uint8)
-    whole, alone = look(x, theta[:4], 64, (.5,) * 3, (.5,) * 3), look(x[2:3], theta[2:3], 64, (.5,) * 3, (.5,) * 3)
+    whole, alone = to_input(x, theta[:4], 64, (.5,) * 3, (.5,) * 3), to_input(x[2:3], theta[2:3], 64, (.5,) * 3, (.5,) * 3)
     assert np.allclose(whole[2], alone[0], atol=1e-6)
 
 
 def test_few_keeps_all_of_test_and_a_share_of_each_class(tmp_path):
     draw(tmp_path / "train", n=20)
     draw(tmp_path / "test", n=5)
-    c = scan(tmp_path).few(10)
+    c = scan(tmp_path).sample_per_class(10)
     assert len(c.rows("test")) == 10 and len(c.rows("train")) == 16 and len(c.rows("val")) == 4
 
 
@@ -239,7 +239,7 @@ def blobs(tmp_path):
 
 
 def findings(folder, cache):
-    return {(p.kind, p.path, p.other) for p in inspect(decode_once(scan(folder), 72, cache))}
+    return {(p.kind, p.path, p.other) for p in find_problems(decode_once(scan(folder), 72, cache))}
 
 
 def test_pictures_that_differ_are_no_copies(blobs, cache):
@@ -319,7 +319,7 @@ def test_the_report_names_everything_and_is_short_where_there_is_much(blobs, cac
 
 def test_the_photographs_hold_an_odd_gif_and_no_copies(photos, cache):
     c = decode_once(scan(photos), 110, cache)
-    assert {(p.kind, p.path) for p in c.catalog.problems + inspect(c)} == {
+    assert {(p.kind, p.path) for p in c.catalog.problems + find_problems(c)} == {
         ("odd format", "train/ants/imageNotFound.gif"), ("elongated", "train/ants/662541407_ff8db781e7.jpg")}
 
 
@@ -333,11 +333,11 @@ def test_channel_stats_are_exact(n):
 
 def test_turning_twice_by_a_half_is_nothing_and_colours_do_not_depend_on_the_batch():
     theta = random_view(50, 0)
-    assert np.allclose(turned(turned(theta, np.full(50, 180.)), np.full(50, 180.)), theta, atol=1e-5)
+    assert np.allclose(rotate(rotate(theta, np.full(50, 180.)), np.full(50, 180.)), theta, atol=1e-5)
     x = np.random.default_rng(0).integers(0, 256, (4, 72, 72, 3), dtype=np.uint8)
     mean, std, colour = (.4, .5, .6), (.2, .3, .2), random_colour(4, 1)
-    whole = recolour(look(x, plain_view(4, 1.), 64, mean, std), colour, mean, std)
-    alone = recolour(look(x[2:3], plain_view(1, 1.), 64, mean, std), colour[2:3], mean, std)
+    whole = color_jitter(to_input(x, plain_view(4, 1.), 64, mean, std), colour, mean, std)
+    alone = color_jitter(to_input(x[2:3], plain_view(1, 1.), 64, mean, std), colour[2:3], mean, std)
     assert np.allclose(whole[2], alone[0], atol=1e-5)
     shown = whole.numpy() * np.reshape(std, (3, 1, 1)) + np.reshape(mean, (3, 1, 1))
     assert shown.min() >= -1e-5 and shown.max() <= 1 + 1e-5

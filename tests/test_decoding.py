@@ -25,7 +25,7 @@ from sft_course.data import (
     evict,
     find_leaks,
     free_memory,
-    inspect,
+    find_problems,
     read_picture,
     require_memory,
     scan,
@@ -396,7 +396,7 @@ def test_a_group_is_one_problem_of_each_kind(tmp_path):
         shutil.copy(tmp_path / "train" / "waves" / "00.jpg", tmp_path / "train" / "waves" / f"copy{i}.jpg")
     shutil.copy(tmp_path / "train" / "waves" / "00.jpg", tmp_path / "val" / "stripes" / "moved.jpg")
     found = decode_once(scan(tmp_path), 48, tmp_path / "cache")
-    told = [p for p in inspect(found) if p.other]
+    told = [p for p in find_problems(found) if p.other]
     assert Counter(p.kind for p in told) == {"leak": 1, "two labels": 1}
     labels = next(p for p in told if p.kind == "two labels")
     assert labels.path == "val/stripes/moved.jpg" and "5 more are alike" in labels.message and "is the same file as" in labels.message
@@ -409,7 +409,7 @@ def test_copies_within_training_are_no_leak(tmp_path):
     blobs(tmp_path / "test", n=3, seed=2)
     shutil.copy(tmp_path / "train" / "waves" / "00.jpg", tmp_path / "train" / "waves" / "again.jpg")
     found = decode_once(scan(tmp_path), 48, tmp_path / "cache")
-    assert [p.kind for p in inspect(found) if p.other] == ["duplicate"] and find_leaks(found) == ()
+    assert [p.kind for p in find_problems(found) if p.other] == ["duplicate"] and find_leaks(found) == ()
 
 
 # ---- what is true of all is said once
@@ -417,21 +417,21 @@ def test_copies_within_training_are_no_leak(tmp_path):
 
 def test_panoramas_are_named_once(case, tmp_path):
     root = case("panorama")
-    found = inspect(decode_once(scan(root), 72, tmp_path))
+    found = find_problems(decode_once(scan(root), 72, tmp_path))
     long = [p for p in found if p.kind == "elongated"]
     assert len(long) == 1 and "so it is with 16 of the 16 pictures" in long[0].message and "central square" in long[0].message
 
 
 def test_where_all_are_small_none_is_smaller_than_the_others(case, tmp_path):
     root = case("mnist28")
-    small = [p for p in inspect(decode_once(scan(root), 72, tmp_path)) if p.kind == "small"]
+    small = [p for p in find_problems(decode_once(scan(root), 72, tmp_path)) if p.kind == "small"]
     assert len(small) == 1 and "far less" not in small[0].message and "28 × 28" in small[0].message
 
 
 def test_the_hard_images_are_read_and_hold_no_copies(case, tmp_path):
     found = decode_once(scan(case("hard")), 72, tmp_path)
     assert len(found.catalog) == 60 and found.levels is None and find_leaks(found) == ()
-    assert not [p for p in inspect(found) if p.kind in ("small", "elongated", "blank", "changed")]
+    assert not [p for p in find_problems(found) if p.kind in ("small", "elongated", "blank", "changed")]
 
 
 def test_a_rate_that_was_found_can_be_compared_and_hashed():

@@ -25,7 +25,7 @@ from sft_course.evaluation import (
     HOTTEST,
     Evaluation,
     captions,
-    centre,
+    center_crop,
     confused_pairs,
     confusion,
     confusion_figure,
@@ -44,7 +44,7 @@ from sft_course.evaluation import (
     reliability,
     reliability_figure,
     report_html,
-    scaled,
+    with_temperature,
     spatial_layer,
     spotlight,
     wilson,
@@ -158,7 +158,7 @@ def test_luck_makes_an_error_that_shrinks_with_pictures():
 @quick
 @given(st.integers(0, 2**31), st.floats(0.3, 4))
 def test_temperature_agrees_with_a_general_minimiser(seed, factor):
-    e = scaled(drawn(seed, 120), factor)
+    e = with_temperature(drawn(seed, 120), factor)
 
     def loss(t):
         return torch.nn.functional.cross_entropy(torch.from_numpy(e.logits).double() / t, torch.from_numpy(e.labels)).item()
@@ -340,7 +340,7 @@ def test_figures_can_be_drawn_for_any_evaluation(k, tmp_path):
         rows = mistakes(one)
         cams = np.zeros((len(rows), 16, 16))
         figures = [confusion_figure(one), per_class_figure(one), reliability_figure(one, 2.0), reliability_figure(one),
-                   gallery_figure(spotlight(centre(pictures[rows], 16), cams), captions(one, rows))]  # fmt: skip
+                   gallery_figure(spotlight(center_crop(pictures[rows], 16), cams), captions(one, rows))]  # fmt: skip
         for f in figures:
             f.savefig(tmp_path / "f.png")
             plt.close(f)

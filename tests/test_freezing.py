@@ -275,9 +275,9 @@ def test_an_interrupted_run_leaves_nothing(kept, monkeypatch):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return look(*a, **k)
-    look = freezing.look
-    monkeypatch.setattr(freezing, "look", stop)
+        return to_input(*a, **k)
+    to_input = freezing.to_input
+    monkeypatch.setattr(freezing, "to_input", stop)
     monkeypatch.setattr(freezing, "pictures_at_once", lambda *_: 2)
     with pytest.raises(KeyboardInterrupt):
         store()

@@ -18,7 +18,7 @@ from sft_course.data import (
     Catalog,
     add_formats,
     decode_once,
-    inspect,
+    find_problems,
     leaks_between_parts,
     require_parts,
     require_test,
@@ -315,7 +315,7 @@ def test_a_class_of_two_images_is_trained_on_and_said_to_be_untested(tmp_path):
     rare = c.labels == 2
     assert sorted(c.part[rare]) == ["train", "val"] and [p.path for p in c.problems] == ["c"] and kinds(c) == {"untested": 1}
     found = decode_once(c, 48, tmp_path / "cache")
-    assert [p.kind for p in inspect(found)] == [] or "untested" not in Counter(p.kind for p in inspect(found))
+    assert [p.kind for p in find_problems(found)] == [] or "untested" not in Counter(p.kind for p in find_problems(found))
     (tmp_path / "c" / "1.jpg").unlink()
     refused(tmp_path, "class 'c' holds a single picture")
 
@@ -332,11 +332,11 @@ def test_where_every_class_has_two_images_nothing_is_left_to_test_with(tmp_path)
 def test_few_keeps_so_many_of_each_class(tmp_path, k):
     draw(tmp_path / "train", n=15, size=16)
     draw(tmp_path / "test", n=3, size=16)
-    c = scan(tmp_path).few(k)
+    c = scan(tmp_path).sample_per_class(k)
     mine = c.labels[c.part != "test"]
     assert np.bincount(mine).tolist() == [k, k] and len(c.rows("test")) == 6
     assert k == 1 or np.bincount(c.labels[c.rows("val")]).tolist() == [max(1, round(k / 5))] * 2
-    assert len(scan(tmp_path).few(100)) == 36
+    assert len(scan(tmp_path).sample_per_class(100)) == 36
 
 
 # false statements
@@ -347,7 +347,7 @@ def test_where_all_images_are_small_none_is_said_to_be_smaller_than_the_others(t
         for i in range(12):
             x = np.random.default_rng((ord(c), i)).integers(0, 256, (28, 28), dtype=np.uint8)
             Image.fromarray(x).save(tmp_path / c / f"{i}.png")
-    small = [p for p in inspect(decode_once(scan(tmp_path), 32, tmp_path / "cache")) if p.kind == "small"]
+    small = [p for p in find_problems(decode_once(scan(tmp_path), 32, tmp_path / "cache")) if p.kind == "small"]
     assert len(small) == 1 and "23 more of 24 images are smaller than 32 pixels" in small[0].message
 
 
@@ -469,5 +469,5 @@ def test_telephones_folders_without_the_extra(tmp_path):
 
 
 def test_small_images_of_digits(tmp_path):
-    found = inspect(decode_once(scan(case("mnist28")), 48, tmp_path))
+    found = find_problems(decode_once(scan(case("mnist28")), 48, tmp_path))
     assert Counter(p.kind for p in found)["small"] == 1

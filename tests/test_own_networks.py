@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sft_course import backbones
-from sft_course.backbones import account, as_backbone, cut_into_stages, fitting_size, load_weights, new_head, open_backbone
+from sft_course.backbones import stage_costs, as_backbone, cut_into_stages, fitting_size, load_weights, new_head, open_backbone
 from sft_course.core import SFTError
 
 KIND = "resnet10t"
@@ -248,14 +248,14 @@ def test_looking_at_a_network_wakes_and_sends_to_sleep_nothing():
     net = open_backbone(KIND, None)
     net.model.train().layer1.eval()
     modes = [m.training for m in net.model.modules()]
-    for look in (lambda: account(net, 64), lambda: cut_into_stages(net.model, 64), lambda: fitting_size(net, 64)):
-        look()
+    for to_input in (lambda: stage_costs(net, 64), lambda: cut_into_stages(net.model, 64), lambda: fitting_size(net, 64)):
+        to_input()
         assert [m.training for m in net.model.modules()] == modes
 
 
 def test_a_hook_of_the_counting_is_never_left_behind():
     net = open_backbone(KIND, None)
     with pytest.raises(Exception):  # noqa: B017
-        account(net, 0)
+        stage_costs(net, 0)
     assert not any(m._forward_pre_hooks for m in net.model.modules())
     assert backbones._order_of_use(net.model, 64)

@@ -24,13 +24,13 @@ def state(tuner):
 
 def test_the_head_phase_moves_the_head_alone(tuner):
     before = state(tuner)
-    tuner.step(Phase("head"))
+    tuner.run_phase(Phase("head"))
     assert what_moved(before, state(tuner)) == ["classifier.weight", "classifier.bias"]
 
 
 def test_upper_stages_move_and_what_is_below_keeps_every_bit(tuner):
-    before = state(tuner.step(Phase("head")))
-    tuner.step(Phase(3, epochs=1, warmup=0, schedule="constant"))
+    before = state(tuner.run_phase(Phase("head")))
+    tuner.run_phase(Phase(3, epochs=1, warmup=0, schedule="constant"))
     moved = what_moved(before, state(tuner))
     allowed = {n for s in tuner.backbone.stages[-3:] for n in s.parameters}
     assert set(moved) == allowed and not any("running" in n or "num_batches" in n for n in moved)
@@ -38,7 +38,7 @@ def test_upper_stages_move_and_what_is_below_keeps_every_bit(tuner):
 
 def test_batch_statistics_move_only_where_they_are_asked_to(tuner):
     before = state(tuner)
-    tuner.step(Phase("all", epochs=1, views=0, batch_stats=True))
+    tuner.run_phase(Phase("all", epochs=1, views=0, batch_stats=True))
     assert any("running_mean" in n for n in what_moved(before, state(tuner)))
 
 
@@ -46,8 +46,8 @@ def test_training_is_the_same_with_and_without_kept_activations(stripes):
     "To 16-bit rounding: the same views, once kept and once computed anew because they would not fit."
     def after(gigabytes):
         tuner = FineTuner(stripes, "lite0", settings=load_settings(cache_gigabytes=gigabytes), **SMALL)
-        tuner.step(Phase("head"))
-        tuner.step(Phase(3, epochs=2, lr=1e-3))
+        tuner.run_phase(Phase("head"))
+        tuner.run_phase(Phase(3, epochs=2, lr=1e-3))
         return tuner.history[-1]["val_loss"]
     kept = after(4)
     with pytest.warns(UserWarning, match="more than cache_gigabytes"):
@@ -137,13 +137,13 @@ def test_a_phase_out_of_range_is_refused(wrong):
 @pytest.mark.parametrize("train", ["body", 0, 11, 2.5])
 def test_what_trains_must_be_known(tuner, train):
     with pytest.raises(SFTError, match="use 'head', 'all', or a number of stages from 1 to 10"):
-        tuner.step(Phase(train))
+        tuner.run_phase(Phase(train))
 
 
 def test_a_loss_that_is_not_finite_ends_the_phase_and_what_was_good_is_kept(tuner):
-    before = state(tuner.step(Phase("head")))
+    before = state(tuner.run_phase(Phase("head")))
     with pytest.warns(UserWarning, match=r"phase 2 \(train = 'all'\) ended early: the (held-back loss became nan after epoch 1|loss became \w+ at step \d+)"):
-        tuner.step(Phase("all", epochs=3, lr=1e18, warmup=0))
+        tuner.run_phase(Phase("all", epochs=3, lr=1e18, warmup=0))
     assert what_moved(before, state(tuner)) == [] and len(tuner.history) == 1
 
 

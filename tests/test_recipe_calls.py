@@ -126,7 +126,7 @@ def test_the_head_phase_keeps_no_more_than_the_cache_may_hold(hard, tmp_path):
     def run(gigabytes):
         cache = tmp_path / str(gigabytes)
         tuner = FineTuner(hard, NETWORK, settings=load_settings(cache=str(cache), cache_gigabytes=gigabytes), **SMALL)
-        tuner.step(HEAD)
+        tuner.run_phase(HEAD)
         return tuner.head, sum(f.stat().st_size for f in (cache / "activations").glob("*.npy"))
     kept, room = run(1)
     anew, none = run(1e-9)
@@ -260,7 +260,7 @@ def test_what_the_host_has_set_does_not_matter(hard, tmp_path, host):
         with torch.inference_mode(host == "inference_mode"):
             set_here = torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
             other = fine_tune(hard, NETWORK, tmp_path / "other", phases=phases, **SMALL)
-            tuner = FineTuner(hard, NETWORK, **SMALL).step(HEAD)
+            tuner = FineTuner(hard, NETWORK, **SMALL).run_phase(HEAD)
             assert np.isfinite(tuner.measure().loss)
             assert set_here == (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
     finally:
@@ -321,7 +321,7 @@ def test_what_somebody_else_made_is_not_replaced_and_that_is_said_before_trainin
         with pytest.raises(SFTError, match=says):
             fine_tune(hard, NETWORK, tmp_path / name, phases=phases, **SMALL)
         with pytest.raises(SFTError, match=says):
-            FineTuner(hard, NETWORK, tmp_path / name, **SMALL).step(HEAD)
+            FineTuner(hard, NETWORK, tmp_path / name, **SMALL).run_phase(HEAD)
     assert before == {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file() and f.name != ".lock"}
 
 

@@ -336,10 +336,10 @@ def test_the_same_seed_gives_the_same_curve_whatever_was_drawn_before():
 def test_training_after_the_finder_is_training_without_it():
     x, y = problem()
     ends = []
-    for look in (False, True):
+    for to_input in (False, True):
         net, opt = trained()
         torch.manual_seed(5)
-        if look:
+        if to_input:
             rate_curve(net, (wild(x), y), (x.__getitem__, y), opt)
         for _ in range(4):
             opt.zero_grad()

@@ -34,4 +34,4 @@ def run(folder, size, classes, seed, epochs, bench):  # `epochs` is for the peer
     # user code ends
 
     bench.point(result.accuracy, "final")
-    return {"chosen": result.card["chosen"], "held_back": result.card["metrics"]["n_held_back"]}
+    return {"chosen": result.card["chosen"], "held_back": result.card["metrics"]["n_val"]}

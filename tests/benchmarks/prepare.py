@@ -30,7 +30,7 @@ def readable(path):
     return True
 
 
-def few(catalog, train, val):
+def sample_per_class(catalog, train, val):
     "At most so many pictures a class of each part."
     rows = []
     for c in range(len(catalog.classes)):

@@ -39,12 +39,12 @@ def head(folder, size, cache):
 
     import sft_course.recipe as recipe
     from sft_course.backbones import open_backbone
-    from sft_course.data import decode_once, decoded_size, look, plain_view, scan
+    from sft_course.data import decode_once, decoded_size, to_input, plain_view, scan
     opened = open_backbone("lite0")
     body = open_backbone("lite0").model
     recipe.open_backbone = lambda *_: opened
 
-    def ours(place): tuner_of(folder, size, place).step(recipe.Phase("head"))
+    def ours(place): tuner_of(folder, size, place).run_phase(recipe.Phase("head"))
 
     def reference(place):
         began = time.perf_counter()
@@ -52,7 +52,7 @@ def head(folder, size, cache):
         spent = time.perf_counter() - began
         for i in range(0, len(pixels), 64):
             some = pixels[i:i + 64]
-            x = look(some, plain_view(len(some), size / pixels.shape[1]), size, opened.mean, opened.std)
+            x = to_input(some, plain_view(len(some), size / pixels.shape[1]), size, opened.mean, opened.std)
             with torch.inference_mode():
                 spent += seconds(lambda x=x: body(x))
         return spent
@@ -83,7 +83,7 @@ def head_epoch(folder, size, cache):
         fits.append((time.perf_counter() - began, sum(passes)))
         return out
     torch.optim.LBFGS.step, recipe.fit_wide_head = counted, timed
-    tuner_of(folder, size, cache).step(recipe.Phase("head"))
+    tuner_of(folder, size, cache).run_phase(recipe.Phase("head"))
     spent, count = map(sum, zip(*fits, strict=True))
     return {"ours": spent / count, "passes": count, "reference": frozen_epoch(folder, size)}
 
@@ -124,14 +124,14 @@ def boundary(folder, size, cache, epochs=4):
     from sft_course.loop import copy_state
     def run(split_at, **settings):
         ticks, states, split = [], [], recipe.split_at
-        tuner = tuner_of(folder, size, cache, **settings).step(recipe.Phase("head"))
+        tuner = tuner_of(folder, size, cache, **settings).run_phase(recipe.Phase("head"))
         before = copy_state(tuner.backbone.model)
         def watch(row):
             states.append(copy_state(tuner.backbone.model))
             ticks.append(time.perf_counter())
         tuner.watch, recipe.split_at = watch, split_at
         try:
-            tuner.step(replace(upper_phase(), epochs=epochs))
+            tuner.run_phase(replace(upper_phase(), epochs=epochs))
         finally:
             recipe.split_at = split
         return median(b - a for a, b in zip(ticks, ticks[1:], strict=False)), before, states[-1]
@@ -166,11 +166,11 @@ def throughput(folder, size, cache):
 
     import sft_course.loop as loop
     import sft_course.recipe as recipe
-    from sft_course.data import look
+    from sft_course.data import to_input
     from sft_course.unfreezing import freeze_below, param_groups, training_mode
     tuner = tuner_of(folder, size, cache)
     phase, backbone = recipe.Phase("all", epochs=3), tuner.backbone
-    x = [look(tuner.pixels.pixels[rows], tuner.view(2)[rows], size, backbone.mean, backbone.std)
+    x = [to_input(tuner.pixels.pixels[rows], tuner.view(2)[rows], size, backbone.mean, backbone.std)
          for rows in (tuner.train[i:i + phase.batch_size] for i in range(0, min(len(tuner.train), 8 * phase.batch_size), phase.batch_size))
          if len(rows) == min(phase.batch_size, len(tuner.train))]
     y = [torch.arange(len(some)) % len(tuner.catalog.classes) for some in x]
@@ -195,7 +195,7 @@ def throughput(folder, size, cache):
         return out
     loop._some_steps = timed
     before = bare()
-    tuner.step(phase)
+    tuner.run_phase(phase)
     after = bare()
     return {"ours": mean(rates[1:]), "reference": (before + after) / 2, "before": before, "after": after}
 
@@ -237,7 +237,7 @@ def _memory_of(folder, size, cache, share):
     settings = load_settings(cache=str(cache))
     tuner = recipe.FineTuner(catalog.keep(keep), "lite0", size=size, seed=0, settings=settings)
     for phase in recipe.default_phases(settings):
-        tuner.step(phase)
+        tuner.run_phase(phase)
     tuner.measure()
     done.set()
     watcher.join()

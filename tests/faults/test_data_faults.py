@@ -20,7 +20,7 @@ from PIL import Image
 
 import sft_course.data as data
 from sft_course.core import SFTError
-from sft_course.data import LEFT_OUT, decode_once, describe, inspect, printable, read_picture, scan
+from sft_course.data import LEFT_OUT, decode_once, describe, find_problems, printable, read_picture, scan
 
 SIZE = 48
 NOTES = {"1x1": ("small",), "animated": ("animated",), "EXIF broken": ("broken EXIF",)}  # what is said of pictures that were kept
@@ -36,7 +36,7 @@ def sentence(e):
 def explore(root, cache, **how):
     "What a person gets: the decoded pictures and everything that is said about the folder."
     found = decode_once(scan(root, **how), SIZE, cache)
-    problems = found.catalog.problems + inspect(found)
+    problems = found.catalog.problems + find_problems(found)
     for line in describe(found.catalog, problems, most=10**6):
         assert line.isprintable()
         line.encode()
@@ -156,7 +156,7 @@ def test_fit_goes_on_without_them_and_says_so(pond, cli, tmp_path, fault):
         assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
         told = json.loads(done.stdout.splitlines()[-1])
         lost = [p for p in told["problems"] if p["kind"] in LEFT_OUT]
-        assert told["n_train"] + told["n_val"] + len(lost) == sum(1 for p in pond.rglob("*") if p.is_file())
+        assert told["n_train"] + told["n_test"] + len(lost) == sum(1 for p in pond.rglob("*") if p.is_file())
         named = [p["message"].encode("ascii", "backslashreplace").decode() for p in told["problems"][:10]]
         assert all(f"note: {text}" in done.stderr for text in named)
         card = json.loads((tmp_path / "model" / "card.json").read_text())
@@ -189,7 +189,7 @@ def test_strict_names_each_fault(bad_files, tmp_path, fault):
 
 LOOK = """
 found = sft_course.data.decode_once(sft_course.data.scan(sys.argv[1]), 48, sys.argv[2])
-problems = found.catalog.problems + sft_course.data.inspect(found)
+problems = found.catalog.problems + sft_course.data.find_problems(found)
 print("\\n".join(sft_course.data.describe(found.catalog, problems)))
 """
 
@@ -464,7 +464,7 @@ def test_a_file_changes_between_scan_and_decode(root, store, fault, change):
     change(root / "left" / "good03.jpg")
     with fault("changed or gone between scan and decode") as f:
         found = decode_once(catalog, SIZE, store)
-        inspect(found)
+        find_problems(found)
         assert len(found.catalog) == 15 and [p.path for p in found.catalog.problems] == ["left/good03.jpg"]
         f.said(found.catalog.problems[0].message)
         with pytest.raises(SFTError, match="good03.jpg"):
@@ -507,7 +507,7 @@ def test_a_file_changes_after_it_was_decoded(root, store, fault, change):
     found = decode_once(scan(root), SIZE, store)
     change(root / "left" / "good03.jpg")
     with fault("changed or gone after it was decoded") as f:
-        problems = inspect(found)
+        problems = find_problems(found)
         describe(found.catalog, problems)
         assert change is cut or [(p.path, p.kind) for p in problems] == [("left/good03.jpg", "changed")]
         f.said(problems[0].message if problems else "")
@@ -523,7 +523,7 @@ def test_everything_vanishes(root, store, fault):
     found = decode_once(scan(root), SIZE, store)
     shutil.rmtree(root)
     with fault("the whole folder gone"):
-        assert Counter(p.kind for p in inspect(found)) == {"changed": 16}
+        assert Counter(p.kind for p in find_problems(found)) == {"changed": 16}
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), OSError(errno.EMFILE, "Too many open files"), MemoryError()],
