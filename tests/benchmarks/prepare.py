@@ -55,7 +55,7 @@ def prepare(source, work, quick=False):
     left_out = [f for f, ok in zip(catalog.files, good, strict=True) if not ok]
     catalog = catalog.keep(good)
     if quick:
-        catalog = few(catalog, 12, 6)
+        catalog = catalog.sample_per_class(12, 6)
     key = hashlib.blake2b(json.dumps([str(root), catalog.files, catalog.part.tolist()]).encode(), digest_size=6).hexdigest()
     folder = work / "data" / f"{root.name if source != 'blooms' else source}-{key}"
     if not folder.exists():
