@@ -73,18 +73,18 @@ export: $(READY) ## notebooks → sft_course/, README.md; clean the notebooks
 	$(MAKE) --no-print-directory readme
 
 readme: $(READY) ## nbs/index.ipynb → README.md
-	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed -E 's@\]\(\.\./@](@g; s@\]\(([a-z0-9_]+\.ipynb)\)@](nbs/\1)@g' > README.md
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed -E 's@\]\(\.\./@](@g; s@\]\(((tools/)?[a-z0-9_]+\.ipynb)\)@](nbs/\1)@g' > README.md
 
 links: ## the badges of all chapters, from the address in pyproject.toml
 	home=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml) && \
-	sed -i -E "s#(colab\.research\.google\.com/github)/[^/]+/[^/]+/blob#\1/$$home/blob#g" nbs/*.ipynb
+	sed -i -E "s#(colab\.research\.google\.com/github)/[^/]+/[^/]+/blob#\1/$$home/blob#g" nbs/*.ipynb nbs/tools/*.ipynb
 
 save: $(READY) ## run every notebook and keep the outputs
 	SFT_STRICT=1 $(BIN)/nbdev-test --n-workers 1 --timing --save nbs
 	$(BIN)/nbdev-clean
 
 record: $(READY) ## make the recorded runs of a chapter: make record CHAPTER=00
-	SFT_RECORD=1 $(BIN)/nbdev-test --cell-timeout 0 --n-workers 1 --do-print nbs/$(CHAPTER)_*.ipynb
+	SFT_RECORD=1 $(BIN)/nbdev-test --cell-timeout 0 --n-workers 1 --do-print $(firstword $(wildcard nbs/$(CHAPTER)_*.ipynb nbs/tools/$(CHAPTER).ipynb))
 
 lint: $(READY) ## ruff on the tests
 	$(BIN)/ruff check tests

@@ -1,6 +1,6 @@
 __version__ = "0.1.0"
 
-_HERE = {"fine_tune": "recipe", "FineTuner": "recipe", "Phase": "recipe", "Result": "recipe", "load_artifact": "recipe", "load_settings": "core"}
+_HERE = {"fine_tune": "recipe", "FineTuner": "recipe", "Phase": "recipe", "Result": "recipe", "load_artifact": "recipe", "load_settings": "tools.settings"}
 __all__ = list(_HERE)
 
 

@@ -1,5 +1,5 @@
 "`python -m sft_course` is `sft-course`."
-from sft_course.cli import main
+from sft_course.tools.cli import main
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
-from .core import SFTError, expanded, own_torch_state, seeded
+from .tools.settings import SFTError, expanded
+from .tools.torch_state import own_torch_state, seeded
 
 # %% ../nbs/02_backbones.ipynb #336bfee5
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

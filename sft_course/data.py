@@ -26,7 +26,8 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import PIL
 from PIL import Image, ImageOps
-from .core import SFTError, load_settings, progress
+from .tools.settings import SFTError, load_settings
+from .tools.figures import progress
 
 # %% ../nbs/01_data.ipynb #4f0fe232
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from typing import Any, Iterable, Sequence
 import numpy as np
 import torch
 from torch import nn
-from .core import PALETTE, SFTError
+from .tools.figures import PALETTE
+from .tools.settings import SFTError
 from .data import PixelCache, to_input, plain_view
 from .backbones import Backbone
 from .loop import predict_logits

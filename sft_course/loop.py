@@ -18,7 +18,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import SFTError, load_settings, pick_device, progress, seeded, whole_file
+from .tools.settings import SFTError, load_settings
+from .tools.torch_state import pick_device, seeded
+from .tools.figures import progress
+from .tools.files import whole_file
 from .data import PixelCache, to_input, plain_view, random_view
 from .backbones import Backbone, mismatched_keys, new_head, open_backbone
 

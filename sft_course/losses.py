@@ -10,7 +10,7 @@ __all__ = ['log_softmax', 'softmax', 'soft_labels', 'cross_entropy_gradient', 's
 from typing import Mapping, Sequence
 import torch
 import torch.nn.functional as F
-from .core import SFTError
+from .tools.settings import SFTError
 
 # %% ../nbs/03_loss.ipynb #ff275333
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:

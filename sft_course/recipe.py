@@ -17,7 +17,10 @@ from typing import Any, Callable, Iterator
 import numpy as np
 import torch
 import sft_course
-from .core import SFTError, Settings, load_settings, open_dataset, pick_device, whole_file
+from .tools.settings import SFTError, Settings, load_settings
+from .tools.datasets import open_dataset
+from .tools.torch_state import pick_device
+from .tools.files import whole_file
 from .data import Catalog, decode_once, decoded_size, to_input, plain_view, random_view, read_picture, scan
 from .backbones import stage_costs, Backbone, mismatched_keys, new_head, open_backbone
 from .loop import Diverged, Score, batches, copy_state, fit, predict_logits, read_checkpoint, score
@@ -103,7 +106,8 @@ from dataclasses import field
 from functools import cached_property, partial
 from PIL import Image
 from torch import nn
-from .core import expanded, own_torch_state
+from .tools.settings import expanded
+from .tools.torch_state import own_torch_state
 from .data import images_below, printable, why_unreadable
 from .backbones import as_backbone
 

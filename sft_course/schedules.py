@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import SFTError, load_settings, pick_device, seeded
+from .tools.settings import SFTError, load_settings
+from .tools.torch_state import pick_device, seeded
 from .data import PixelCache, to_input, plain_view, random_view
 from .backbones import Backbone, new_head, open_backbone
 from .loop import add_gradients, batches, copy_state, predict_logits, score

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import SFTError, load_settings, pick_device
+from .tools.settings import SFTError, load_settings
+from .tools.torch_state import pick_device
 from .data import PixelCache, to_input, plain_view, random_view
 from .backbones import Backbone, stage_costs, new_head, open_backbone
 from .loop import batches, copy_state, predict_logits, score

@@ -67,7 +67,7 @@ def chapters() -> list[Path]:
 
 def tools() -> list[Path]:
     "The other notebooks that export a module: how the library does it."
-    return sorted(NBS.glob("a[0-9]_*.ipynb")) + sorted(NBS.glob("tools/*.ipynb"))
+    return sorted(NBS.glob("tools/*.ipynb"))
 
 
 def name_of(path: Path) -> str:

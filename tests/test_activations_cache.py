@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from sft_course import freezing
 from sft_course.backbones import open_backbone
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 from sft_course.data import decode_once, plain_view, scan
 from sft_course.freezing import Recomputed, Rows, activations, fit_head, lower_code, split_at, stage_features, weights_key
 

@@ -14,7 +14,7 @@ from conftest import REPO, draw
 from safetensors.torch import load_file
 
 from sft_course import FineTuner, Phase, fine_tune, load_artifact
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 from sft_course.recipe import ARTIFACT, _value, every_stage, free_name, require_free
 
 HEAD = (Phase("head", looks_at="last"),)

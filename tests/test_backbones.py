@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import save_file
 
 from sft_course.backbones import stage_costs, cut_into_stages, load_weights, new_head, open_backbone
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 from sft_course.freezing import split_at
 
 FAMILIES = ["lite0", "resnet18", "efficientnet_b0", "mobilenet_v3_small", "convnext_tiny", "vit_b_16", "swin_t", "densenet121", "regnet_y_400mf",

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sft_course.blooms import DOMAINS, SPECIES, blooms_folder, draw_bloom, write_blooms
+from sft_course.tools.settings import DOMAINS
+from sft_course.tools.blooms import SPECIES, blooms_folder, draw_bloom, write_blooms
 
 
 def test_six_species_of_form_and_three_domains():
@@ -59,7 +60,7 @@ def test_drawn_once_and_found_again(tmp_path):
 
 
 def test_an_interrupted_drawing_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
-    import sft_course.blooms as blooms
+    import sft_course.tools.blooms as blooms
 
     def stop(*a, **k):
         raise KeyboardInterrupt

@@ -253,11 +253,13 @@ def test_notebooks_are_copied_and_what_was_changed_is_never_lost(cli, tmp_path):
     done = cli("notebooks", "course", cwd=tmp_path)
     assert done.returncode == 0 and "jupyter lab course/nbs/index.ipynb" in done.stdout, done.stderr
     here, ours = tmp_path / "course", Path(__file__).parent.parent
-    assert {p.name for p in (here / "nbs").iterdir()} == {p.name for p in (ours / "nbs").glob("*.ipynb")}
-    copied = [c for p in (here / "nbs").iterdir() for c in json.loads(p.read_text())["cells"]]
-    for text in ("".join(c["source"]) for c in copied if c["cell_type"] == "markdown"):
+    found, wanted = ([p.relative_to(top).as_posix() for p in sorted((top / "nbs").rglob("*.ipynb")) if "checkpoints" not in str(p)]
+                     for top in (here, ours))
+    assert found == wanted and "nbs/tools/cli.ipynb" in found
+    for copy in (here / "nbs").rglob("*.ipynb"):
+        text = "\n".join("".join(c["source"]) for c in json.loads(copy.read_text())["cells"] if c["cell_type"] == "markdown")
         for target in re.findall(r"\]\((?!http|#)([^)\s]+)\)", text):
-            assert (here / "nbs" / target.split("#")[0]).exists(), target
+            assert (copy.parent / target.split("#")[0]).exists(), f"{copy.name}: {target}"
     mine, panel = here / "nbs" / "01_data.ipynb", here / "settings.ini"
     mine.write_text("mine")
     panel.write_text("[course]\nprofile = full\n")

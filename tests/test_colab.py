@@ -152,7 +152,8 @@ def test_widgets_are_those_that_colab_has_too():
 def test_a_gpu_is_used_where_there_is_one(monkeypatch):
     import torch
 
-    from sft_course.core import load_settings, pick_device
+    from sft_course.tools.settings import load_settings
+    from sft_course.tools.torch_state import pick_device
     settings = load_settings()
     assert settings.device == "auto"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

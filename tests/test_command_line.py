@@ -58,7 +58,7 @@ def test_every_command_prints_one_json_object_and_nothing_else(fitted, cli, args
 
 def test_demo_prints_json_alone(monkeypatch, tmp_path):
     import sft_course.recipe as recipe
-    from sft_course.cli import app
+    from sft_course.tools.cli import app
     metrics = {"accuracy": .9, "head_accuracy": .8, "n_train": 4, "n_test": 2, "n_val": 1}
     card = dict.fromkeys(("classes", "problems", "phases", "notes"), []) | {"metrics": metrics, "chosen": "head", "seconds": 1.}
     card |= {"backbone": "lite0", "seed": 0, "preprocessing": {"size": 64}}
@@ -141,7 +141,7 @@ class Told(Exception):
 @pytest.fixture
 def asked(monkeypatch, stripes):
     "What `fine_tune` would have been called with: asked(*args)."
-    import sft_course.cli as cli
+    import sft_course.tools.cli as cli
     import sft_course.recipe as recipe
     monkeypatch.chdir(stripes.parent)
     monkeypatch.setattr(cli, "_few_threads", lambda *_: None)
@@ -219,7 +219,8 @@ def test_files_of_a_person_that_are_called_as_ours_are_kept(cli, stripes, tmp_pa
 
 
 def test_artifacts_are_named_and_placed_where_nothing_lies_and_never_in_the_data(tmp_path, monkeypatch):
-    from sft_course.cli import SFTError, _artifact, _free, _outside
+    from sft_course.tools.settings import SFTError
+    from sft_course.tools.cli import _artifact, _free, _outside
     monkeypatch.chdir(tmp_path)
     data = draw(tmp_path / "images" / "v1.2", n=1)
 
@@ -263,7 +264,7 @@ def test_home_is_expanded_and_suggestions_can_be_pasted(cli, stripes, tmp_path):
 
 
 def test_the_command_that_goes_on_can_be_pasted(monkeypatch):
-    from sft_course.cli import _again
+    from sft_course.tools.cli import _again
     monkeypatch.setattr(sys, "argv", ["sft-course", "fit", "my photos", "--resume"])
     assert _again() == "sft-course fit 'my photos' --resume"
     monkeypatch.setattr(sys, "argv", ["sft-course", "fit", "--", "-odd"])
@@ -337,7 +338,7 @@ def test_predict_in_an_empty_folder(fitted, cli, tmp_path):
 
 
 def test_predictions_are_written_as_they_come(capsys):
-    from sft_course.cli import _write_predictions
+    from sft_course.tools.cli import _write_predictions
     seen = []
 
     def stream():
@@ -406,7 +407,7 @@ def test_a_settings_file_that_may_not_be_read(table, tmp_path):
 
 
 def test_what_the_system_refuses_is_told_with_the_file(monkeypatch, capsys):
-    from sft_course.cli import _unexpected
+    from sft_course.tools.cli import _unexpected
     assert _unexpected(PermissionError(13, "Permission denied", "/etc/settings.ini")) == 1
     said = capsys.readouterr().err
     assert "/etc/settings.ini: Permission denied" in said and "unexpected" not in said
@@ -415,7 +416,7 @@ def test_what_the_system_refuses_is_told_with_the_file(monkeypatch, capsys):
 # ---- threads
 
 def test_waiting_threads_sleep_unless_somebody_has_said_otherwise(monkeypatch):
-    from sft_course.cli import _wait_asleep
+    from sft_course.tools.cli import _wait_asleep
     for name in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME"):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
@@ -435,7 +436,7 @@ def test_the_command_asks_for_it_before_torch_is_loaded(tmp_path):
 
 
 def test_few_small_images_take_one_thread():
-    code = ("import torch; from sft_course.cli import _few_threads; torch.set_num_threads(2); {}; print(torch.get_num_threads())")
+    code = ("import torch; from sft_course.tools.cli import _few_threads; torch.set_num_threads(2); {}; print(torch.get_num_threads())")
     for call, threads in (("_few_threads(60, 64)", "1"), ("_few_threads(60, 192)", "2"), ("_few_threads(5000, 64)", "2")):
         done = subprocess.run([sys.executable, "-c", code.format(call)], capture_output=True, text=True)
         assert done.stdout.strip() == threads, call

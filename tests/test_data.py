@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 from sft_course.data import (
     bits_apart,
     channel_stats,

@@ -15,7 +15,7 @@ from conftest import REPO
 from PIL import Image, ImageFile
 
 import sft_course.data as data
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 from sft_course.data import (
     Catalog,
     PixelCache,

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sft_course.exercises import EXERCISES, check, progress
+from sft_course.tools.exercises import EXERCISES
+from sft_course.tools.exercises import check
+from sft_course.tools.figures import progress
 
 NBS = Path(__file__).parent.parent / "nbs"
 NAMES = sorted(EXERCISES)
@@ -38,7 +40,7 @@ def test_no_helper_of_one_chapter_replaces_that_of_another():
     import ast
     from collections import Counter
 
-    import sft_course.exercises as module
+    import sft_course.tools.exercises as module
     tree = ast.parse(Path(module.__file__).read_text())
     names = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     names += [t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from sft_course.core import SFTError, seeded
+from sft_course.tools.settings import SFTError
+from sft_course.tools.torch_state import seeded
 from sft_course.loop import fit, read_checkpoint, save_checkpoint
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from sft_course import freezing
 from sft_course.backbones import new_head, open_backbone
-from sft_course.core import SFTError, what_moved
+from sft_course.tools.settings import SFTError
+from sft_course.core import what_moved
 from sft_course.data import decode_once, plain_view, scan
 from sft_course.freezing import (
     EveryStage,

@@ -11,7 +11,7 @@ from conftest import REPO, draw
 from PIL import Image
 
 import sft_course.data as data
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 from sft_course.data import (
     FORMATS,
     PICTURES,
@@ -219,7 +219,7 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(400)
 WITHOUT = """
 import sys
 sys.modules["pillow_heif"] = None
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 from sft_course.data import decode_once, scan
 try: found = decode_once(scan(sys.argv[1]), 48, sys.argv[2]).catalog
 except SFTError as e: print(e)

@@ -12,7 +12,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from sft_course.core import SFTError, what_moved
+from sft_course.tools.settings import SFTError
+from sft_course.core import what_moved
 from sft_course.loop import (
     add_gradients,
     average_weights,

@@ -11,7 +11,7 @@ from torchmetrics.functional import mean_squared_error
 from torchmetrics.functional.text import perplexity
 from torchvision.ops import sigmoid_focal_loss
 
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 from sft_course.losses import (
     class_weights,
     cross_entropy,
@@ -205,7 +205,7 @@ def test_no_picture_has_no_mean():
 
 
 def test_widget_follows_its_sliders_and_its_label():
-    from sft_course.widgets import Drawing, draw_logits, logits_widget
+    from sft_course.tools.widgets import Drawing, draw_logits, logits_widget
     *sliders, label, view = logits_widget(live=True).children
     before = view.value
     sliders[0].value = -5
@@ -220,7 +220,7 @@ def test_widget_follows_its_sliders_and_its_label():
 def test_any_logits_can_be_drawn(case, label):
     import xml.etree.ElementTree as ET
 
-    from sft_course.widgets import draw_logits
+    from sft_course.tools.widgets import draw_logits
     z = case[0][0].tolist()
     label %= len(z)
     drawn = draw_logits(z, label, [f"a<{k}>" for k in range(len(z))])

@@ -15,7 +15,8 @@ except ModuleNotFoundError:  # Python 3.10
 REPO = Path(__file__).parent.parent
 NBS = REPO / "nbs"
 CHAPTERS = sorted(NBS.glob("0*.ipynb"))
-ALL = sorted(NBS.glob("*.ipynb"))
+TOOLS = sorted(NBS.glob("tools/*.ipynb"))
+ALL = sorted(NBS.glob("*.ipynb")) + TOOLS
 
 
 def cells(path, kind):
@@ -66,7 +67,7 @@ def public(cell):
     return [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
 
 
-@pytest.mark.parametrize("path", whole() + sorted(NBS.glob("a*.ipynb"))[:2], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", whole() + [p for p in TOOLS if p.stem not in ("exercises", "cli")], ids=lambda p: p.stem)
 def test_every_exported_function_has_a_lesson_after_it(path):
     code = cells(path, "code")
     for i, cell in enumerate(code):
@@ -82,14 +83,14 @@ def test_links_lead_to_files(path):
     text = "\n".join(source(c) for c in cells(path, "markdown"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith(("http", "#")):
-            assert (NBS / target.split("#")[0]).exists(), target
+            assert (path.parent / target.split("#")[0]).exists(), target
 
 
-@pytest.mark.parametrize("path", whole(), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*whole(), *TOOLS], ids=lambda p: p.stem)
 def test_badge_opens_this_chapter(path):
     home = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["urls"]["Repository"].removeprefix("https://github.com/")
     text = "\n".join(source(c) for c in cells(path, "markdown"))
-    assert f"https://colab.research.google.com/github/{home}/blob/main/nbs/{path.name}" in text
+    assert f"https://colab.research.google.com/github/{home}/blob/main/{path.relative_to(REPO).as_posix()}" in text
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)

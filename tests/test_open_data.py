@@ -10,7 +10,7 @@ import torchvision
 from conftest import draw
 from PIL import Image
 
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 from sft_course.data import decode_once, open_data, read_picture, scan
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from sft_course import backbones
 from sft_course.backbones import stage_costs, as_backbone, cut_into_stages, fitting_size, load_weights, new_head, open_backbone
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 
 KIND = "resnet10t"
 HALF = (.5, .5, .5)

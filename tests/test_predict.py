@@ -16,7 +16,7 @@ from conftest import REPO, draw
 from PIL import Image
 
 from sft_course import FineTuner, Phase, fine_tune, load_artifact
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 from sft_course.recipe import Prediction
 
 CASES = REPO.parent / "shared" / "cases"

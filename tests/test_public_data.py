@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from torchvision.datasets import Flowers102, OxfordIIITPet
 
-from sft_course import core
-from sft_course.core import SFTError, load_settings, open_dataset
+from sft_course.tools import datasets
+from sft_course.tools.settings import SFTError, load_settings
+from sft_course.tools.datasets import open_dataset
 from sft_course.data import scan
 
 
@@ -83,7 +84,7 @@ def test_pets_keep_their_test_split_and_a_part_of_the_rest_is_held_back(settings
 def test_what_is_arranged_once_is_found_again_and_takes_no_room(settings, tmp_path, monkeypatch):
     base = pets(tmp_path / "public" / "oxford_pets")
     folder = open_dataset(settings("oxford_pets"))
-    monkeypatch.setattr(core, "_listed", None)  # nobody may call it
+    monkeypatch.setattr(datasets, "_listed", None)  # nobody may call it
     assert open_dataset(settings("oxford_pets")) == folder
     assert os.path.samefile(next(folder.rglob("Abyssinian_0.jpg")), base / "images" / "Abyssinian_0.jpg")
 
@@ -122,7 +123,7 @@ def test_a_download_is_whole_or_not_there(settings, tmp_path, monkeypatch, make,
     def fake(self):
         asked.append(Path(self.root))
         if len(asked) == 1:
-            (Path(self.root) / core.PUBLIC[name]).mkdir(parents=True)
+            (Path(self.root) / datasets.PUBLIC[name]).mkdir(parents=True)
             raise KeyboardInterrupt
         base = make(Path(self.root), monkeypatch)
         (base / "images.tar.gz").write_text("an archive")
@@ -133,8 +134,8 @@ def test_a_download_is_whole_or_not_there(settings, tmp_path, monkeypatch, make,
     assert not list(home.iterdir())
     c = scan(open_dataset(settings(name)))
     assert len(c.classes) >= 2 and len(asked) == 2
-    assert sorted(p.name for p in home.iterdir()) == sorted([core.PUBLIC[name], "pictures"])
-    assert not list(home.rglob("*.tar.gz")) and not (home / core.PUBLIC[name] / core.PUBLIC[name]).exists()
+    assert sorted(p.name for p in home.iterdir()) == sorted([datasets.PUBLIC[name], "pictures"])
+    assert not list(home.rglob("*.tar.gz")) and not (home / datasets.PUBLIC[name] / datasets.PUBLIC[name]).exists()
 
 
 def test_damaged_data_is_named_with_what_to_do(settings, tmp_path):

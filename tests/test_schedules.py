@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler as theirs
 
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 from sft_course.recipe import Phase
 from sft_course.schedules import (
     RULES,

@@ -1,6 +1,8 @@
 import pytest
 
-from sft_course.core import SFTError, code_key, load_settings, open_dataset, settings_file
+from sft_course.tools.settings import SFTError, load_settings, settings_file
+from sft_course.tools.records import code_key
+from sft_course.tools.datasets import open_dataset
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_the_committed_file_documents_every_setting():
     from dataclasses import fields
     from pathlib import Path
 
-    from sft_course.core import Settings
+    from sft_course.tools.settings import Settings
     text = (Path(__file__).parent.parent / "settings.ini").read_text()
     lines = [line.split("=")[0].strip() for line in text.splitlines() if "=" in line and not line.startswith("#")]
     assert lines == [f.name for f in fields(Settings) if f.metadata]

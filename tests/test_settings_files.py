@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sft_course.core import SFTError, code_key, load_settings, pick_device, settings_file
+from sft_course.tools.settings import SFTError, load_settings, settings_file
+from sft_course.tools.records import code_key
+from sft_course.tools.torch_state import pick_device
 
 REPO = Path(__file__).parent.parent
 
@@ -108,7 +110,8 @@ def test_the_package_works_inside_a_zip_file(tmp_path):
             z.write(f, f"sft_course/{f.name}")
         z.write(REPO / "settings.ini", "sft_course/settings.ini")
     code = """
-from sft_course.core import SFTError, load_settings, recorded
+from sft_course.tools.settings import SFTError, load_settings
+from sft_course.tools.records import recorded
 import sft_course
 assert "p.zip" in sft_course.__file__ and load_settings().backbone == "lite0"
 try: recorded("x", load_settings, [])
@@ -165,7 +168,7 @@ def test_the_key_of_code_does_not_depend_on_fields_that_only_some_pythons_have(m
     "Python 3.12 gave functions `type_params`, and 3.13 no longer shows what is empty: neither may change a key."
     import ast
 
-    from sft_course.core import load_settings as some
+    from sft_course.tools.settings import load_settings as some
     parse, before = ast.parse, code_key(some, load_settings)
 
     def with_more(text):

@@ -108,7 +108,7 @@ def test_an_import_is_seen_in_a_folder_too(line, tmp_path):
 def test_import_does_not_load_torch_or_matplotlib():
     code = "import sys, sft_course; assert not {'torch', 'matplotlib', 'timm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-    subprocess.run([sys.executable, "-c", "import sys, sft_course.cli; assert 'torch' not in sys.modules"], check=True)
+    subprocess.run([sys.executable, "-c", "import sys, sft_course.tools.cli; assert 'torch' not in sys.modules"], check=True)
 
 
 def test_names_at_the_top_of_the_package_exist():

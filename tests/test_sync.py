@@ -20,7 +20,7 @@ def copy(tmp_path_factory):
         shutil.copytree(REPO / name, place / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for name in ("pyproject.toml", "Makefile", "README.md", "settings.ini"):
         shutil.copy(REPO / name, place / name)
-    for module in (place / "sft_course").glob("*.py"):
+    for module in (place / "sft_course").rglob("*.py"):
         if module.name not in ("__init__.py", "__main__.py"):  # the two that are written by hand
             module.unlink()  # a module that no notebook exports would be missed otherwise
     (place / ".git").mkdir()  # nbdev looks for the top of a repository
@@ -36,13 +36,13 @@ def different(copy, pattern):
 
 
 def test_modules_are_what_the_notebooks_export(copy):
-    exported, kept = ({f.name for f in (top / "sft_course").glob("*.py")} for top in (copy, REPO))
+    exported, kept = ({f.relative_to(top) for f in (top / "sft_course").rglob("*.py")} for top in (copy, REPO))
     assert exported == kept, "a module that no notebook exports, or one that was not exported"
-    assert different(copy, "sft_course/*.py") == [], "run `make export`"
+    assert different(copy, "sft_course/**/*.py") == [], "run `make export`"
 
 
 def test_notebooks_are_clean(copy):
-    assert different(copy, "nbs/*.ipynb") == [], "run `make export`"
+    assert different(copy, "nbs/**/*.ipynb") == [], "run `make export`"
 
 
 def test_readme_is_made_from_the_index(copy):

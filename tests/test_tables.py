@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from conftest import REPO, draw
 
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 from sft_course.data import decode_once, scan
 
 CSV = REPO.parent / "shared" / "cases" / "csv"

@@ -7,7 +7,7 @@ from test_backbones import FAMILIES
 from torch import nn
 
 from sft_course.backbones import Backbone, cut_into_stages, new_head, open_backbone
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 from sft_course.freezing import split_at
 from sft_course.loop import batches, copy_state, train_epoch
 from sft_course.unfreezing import feature_drift, first_trainable, freeze_below, param_groups, training_costs, training_mode

@@ -23,7 +23,7 @@ def commit() -> str:
 
 
 def by_turns(items: Sequence[Item], few: int, key: str | None = None) -> list[Item]:
-    "About `sample_per_class` of the items, in their order; over all keys (by default the commit), each of them as often as another."
+    "About `few` of the items, in their order; over all keys (by default the commit), each of them as often as another."
     groups = max(1, -(-len(items) // few))
     digest = hashlib.sha256((commit() if key is None else key).encode()).digest()
     return list(items[int.from_bytes(digest[:8], "big") % groups::groups])

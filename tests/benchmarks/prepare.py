@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sft_course.core import load_settings, open_dataset
+from sft_course.tools.settings import load_settings
+from sft_course.tools.datasets import open_dataset
 from sft_course.data import scan
 
 EVERY_READER = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}

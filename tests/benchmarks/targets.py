@@ -20,14 +20,14 @@ def seconds(work):
 
 
 def tuner_of(folder, size, cache, **settings):
-    from sft_course.core import load_settings
+    from sft_course.tools.settings import load_settings
     from sft_course.recipe import FineTuner
     return FineTuner(folder, "lite0", size=size, seed=0, settings=load_settings(cache=str(cache), **settings))
 
 
 def upper_phase():
     "The phase of the default recipe that trains more than the head."
-    from sft_course.core import load_settings
+    from sft_course.tools.settings import load_settings
     from sft_course.recipe import default_phases
     return next(p for p in default_phases(load_settings()) if p.train != "head")
 
@@ -219,7 +219,7 @@ def _memory_of(folder, size, cache, share):
 
     import sft_course.recipe as recipe
     from sft_course.backbones import open_backbone
-    from sft_course.core import load_settings
+    from sft_course.tools.settings import load_settings
     from sft_course.data import scan
     opened = open_backbone("lite0")
     recipe.open_backbone = lambda *_: opened

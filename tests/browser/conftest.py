@@ -135,7 +135,7 @@ class Visit:
         self.context.route(lambda url: not url.startswith((lab.home, "data:", "blob:")), self._refuse)
         self.page = self.context.new_page()
         self.page.set_default_timeout(300_000)
-        self.page.goto(f"{lab.home}/lab/workspaces/{name}/tree/nbs/{name}.ipynb?token={lab.token}")
+        self.page.goto(f"{lab.home}/lab/workspaces/{name.replace('/', '-')}/tree/nbs/{name}.ipynb?token={lab.token}")
         self.page.wait_for_selector(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell")
         # before the kernel stands there, Run All Cells would ask which kernel to take
         self.page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for()
@@ -183,7 +183,7 @@ class Visit:
                 self.lab.ask(f"api/sessions/{session['id']}", "DELETE")
 
 
-KEPT = ("00_concepts", "a2_widgets")  # further tests go on in these
+KEPT = ("00_concepts", "tools/widgets")  # further tests go on in these
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 from turns import by_turns
 
 NBS = Path(__file__).parent.parent.parent / "nbs"
-ALWAYS = ["00_concepts", "a2_widgets"]  # what the tests below go on in
+ALWAYS = ["00_concepts", "tools/widgets"]  # what the tests below go on in
 OTHERS = [p.stem for p in sorted(NBS.glob("[0-9][0-9]_*.ipynb")) if p.stem not in ALWAYS]
 FEW = os.environ.get("BROWSER_CHAPTERS") == "turns"
 NAMES = ALWAYS[:1] + (by_turns(OTHERS, 3) if FEW else OTHERS) + ALWAYS[1:]
@@ -79,7 +79,7 @@ def test_all_cells_run(visit, note, shot, name):
 
 @pytest.mark.parametrize("name, text, slider, key", WIDGETS, ids=[w[0] for w in WIDGETS])
 def test_a_slider_moves_by_the_keyboard_and_the_figure_follows(visit, note, shot, name, text, slider, key):
-    seen = visit("a2_widgets")
+    seen = visit("tools/widgets")
     out = output_of(seen, text)
     out.scroll_into_view_if_needed()
     out.screenshot(path=shot(f"widget-{name}-before"))
@@ -92,7 +92,7 @@ def test_a_slider_moves_by_the_keyboard_and_the_figure_follows(visit, note, shot
 
 
 def test_choices_answer_to_the_keyboard(visit, shot):
-    seen = visit("a2_widgets")
+    seen = visit("tools/widgets")
     rates = output_of(seen, "decay by depth")
     rates.locator(".noUi-handle").first.focus()
     _, _, now = changed(seen, rates, lambda: seen.page.keyboard.press("ArrowRight"))
@@ -105,7 +105,7 @@ def test_choices_answer_to_the_keyboard(visit, shot):
 
 
 def test_everything_in_a_widget_can_be_reached_by_tab(visit):
-    seen = visit("a2_widgets")
+    seen = visit("tools/widgets")
     out = output_of(seen, "decay by depth")
     handles = out.locator(".noUi-handle")
     handles.first.focus()
@@ -118,7 +118,7 @@ def test_everything_in_a_widget_can_be_reached_by_tab(visit):
 
 
 def test_a_widget_fits_a_narrow_window(visit, shot):
-    seen = visit("a2_widgets")
+    seen = visit("tools/widgets")
     for text in ("stages that train", "prediction"):
         out = output_of(seen, text)
         box, figure = out.bounding_box(), out.locator("svg[role]").last.bounding_box()
@@ -126,7 +126,7 @@ def test_a_widget_fits_a_narrow_window(visit, shot):
 
 
 def test_the_curve_of_a_fit_grows_while_it_runs(visit, shot):
-    seen = visit("a2_widgets")
+    seen = visit("tools/widgets")
     cell = seen.cell("live = LiveCurve()")
     code = "import time\nlive = LiveCurve()\nfor row in history: live(row); time.sleep(.7)"
     seen.type_into(cell, code)

@@ -108,7 +108,7 @@ def run(spec):
 def cli(spec):
     "`sft-course` with the given arguments, fine-tuning as `run` does."
     import sft_course.recipe as recipe
-    from sft_course.cli import main
+    from sft_course.tools.cli import main
 
     def fine_tune(data, out=None, *, settings=None, resume=False, **_):
         return recipe.FineTuner(data, NETWORK, out, size=SIZE, weights=None, seed=0, settings=settings).run(
@@ -262,7 +262,7 @@ def serve():
     import pandas  # noqa: F401
     import safetensors.torch  # noqa: F401
 
-    import sft_course.cli  # noqa: F401
+    import sft_course.tools.cli  # noqa: F401
     from sft_course.backbones import open_backbone
 
     open_backbone(NETWORK, None)

@@ -19,7 +19,7 @@ from corpus import blob, bombs, corpus, encoded, lay_out
 from PIL import Image
 
 import sft_course.data as data
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 from sft_course.data import LEFT_OUT, decode_once, describe, find_problems, printable, read_picture, scan
 
 SIZE = 48
@@ -341,7 +341,7 @@ def test_permissions(shared, measured, fault):
     for path in (shared / "set.csv", root):
         path.chmod(0)
         with fault("no permission to read") as f:
-            done = measured("try: sft_course.data.scan(sys.argv[1])\nexcept sft_course.core.SFTError as e: print(e)", path, user=user)
+            done = measured("try: sft_course.data.scan(sys.argv[1])\nexcept sft_course.tools.settings.SFTError as e: print(e)", path, user=user)
             assert done.stderr == "" and "(Permission denied)" in done.stdout, done.stderr
             f.said(done.stdout.splitlines()[0].replace(str(shared) + "/", ""))
 

@@ -14,7 +14,7 @@ from forks import NETWORK, SIZE, pictures, plan
 
 from sft_course import FineTuner, load_settings
 from sft_course.backbones import open_backbone
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 from sft_course.data import scan
 from sft_course.loop import read_checkpoint
 from sft_course.recipe import load_artifact

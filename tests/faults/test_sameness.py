@@ -84,7 +84,7 @@ def state():
 import torchvision, timm, pandas, sklearn.metrics, seaborn   # what the libraries below it change at import is not ours
 torch.manual_seed(1); np.random.seed(2); random.seed(3)
 before = state()
-import sft_course, sft_course.recipe, sft_course.evaluation, sft_course.cli
+import sft_course, sft_course.recipe, sft_course.evaluation, sft_course.tools.cli
 imported = state()
 from forks import run
 if SOCKETS:

@@ -11,7 +11,7 @@ import time
 import pytest
 from forks import litter, made, used
 
-from sft_course.core import SFTError
+from sft_course.tools.settings import SFTError
 from sft_course.loop import read_checkpoint
 from sft_course.recipe import load_artifact
 
