@@ -31,7 +31,7 @@ def readable(path):
     return True
 
 
-def sample_per_class(catalog, train, val):
+def few(catalog, train, val):
     "At most so many pictures a class of each part."
     rows = []
     for c in range(len(catalog.classes)):
@@ -56,7 +56,7 @@ def prepare(source, work, quick=False):
     left_out = [f for f, ok in zip(catalog.files, good, strict=True) if not ok]
     catalog = catalog.keep(good)
     if quick:
-        catalog = catalog.sample_per_class(12, 6)
+        catalog = few(catalog, 12, 6)
     key = hashlib.blake2b(json.dumps([str(root), catalog.files, catalog.part.tolist()]).encode(), digest_size=6).hexdigest()
     folder = work / "data" / f"{root.name if source != 'blooms' else source}-{key}"
     if not folder.exists():

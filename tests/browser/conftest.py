@@ -42,7 +42,7 @@ def note():
 def shot():
     "Where the screenshot of a name goes."
     SHOTS.mkdir(parents=True, exist_ok=True)
-    return lambda name: SHOTS / f"{name}.png"
+    return lambda name: SHOTS / f"{name.replace('/', '-')}.png"
 
 
 @pytest.fixture(scope="session")
