@@ -31,11 +31,14 @@ from .figures import progress
 @dataclass(frozen=True)
 class Species:
     "What makes a flower what it is: how many petals it has, and how they end."
-    name: str    # the class, and the name of its folder
-    petals: int  # 5, 6 or 8
-    tip: str     # "pointed" or "round"
 
-SPECIES: tuple[Species, ...] = tuple(Species(f"{tip}{n}", n, tip) for tip in ("pointed", "round") for n in (5, 6, 8))
+    name: str  # the class, and the name of its folder
+    petals: int  # 5, 6 or 8
+    tip: str  # "pointed" or "round"
+
+SPECIES: tuple[Species, ...] = tuple(
+    Species(f"{tip}{n}", n, tip) for tip in ("pointed", "round") for n in (5, 6, 8)
+)
 VERSION = 1  # of the drawings: raise it whenever the same seed would give other pixels
 
 # %% ../../nbs/tools/blooms.ipynb #94a08a94
@@ -76,22 +79,27 @@ class Petal:
     colour: np.ndarray  # (3, STEPS) at s, RGB in 0..1
 
 # %% ../../nbs/tools/blooms.ipynb #84cc7f66
-def bend_strip(pose, angle, length, lift, curl, light, twist=0.):
-    "Lay a strip that rises by `lift` and bends back by `curl` radians into the picture: basis; u, midline, light at s; light across."
+def bend_strip(pose, angle, length, lift, curl, light, twist=0.0):
+    """Lay a strip that rises by `lift` and bends back by `curl` radians into the picture: basis; u, midline,
+    light at s; light across.
+    """
     radial, side = pose @ [np.cos(angle), np.sin(angle), 0], pose @ [-np.sin(angle), np.cos(angle), twist]
     up, rise = pose[:, 2], lift - curl * ALONG
     out, high = np.cos(rise), np.sin(rise)
     out_sum, high_sum = out.cumsum() / STEPS, high.cumsum() / STEPS
-    path = np.stack([radial[k] * out_sum + up[k] * high_sum for k in (0, 1)])   # (2, STEPS): the midline, as the camera sees it
+    # (2, STEPS): the midline, as the camera sees it
+    path = np.stack([radial[k] * out_sum + up[k] * high_sum for k in (0, 1)])
     chord, wide = path[:, -1], side[:2]
     square = np.array([-wide[1], wide[0]]) / np.hypot(*wide)
-    if abs(chord @ square) < .2: chord = chord - square * (.2 + chord @ square)   # seen from its edge: keep a sliver
+    # seen from its edge: keep a sliver
+    if abs(chord @ square) < 0.2:
+        chord = chord - square * (0.2 + chord @ square)
     basis = np.stack([chord, wide], 1)
     s, t = np.linalg.inv(basis) @ path
-    s = np.maximum.accumulate(s) + 1e-6 * ALONG             # what bends back behind the tip is hidden
-    u = np.interp(ALONG, s / s[-1], ALONG)                  # which part of the strip is seen at each s
-    lit = (up @ light) * out - (radial @ light) * high      # the strip's normal times the light
-    lit = np.where(up[2] * out < radial[2] * high, -.8 * lit, lit)   # an underside is a little duller
+    s = np.maximum.accumulate(s) + 1e-6 * ALONG  # what bends back behind the tip is hidden
+    u = np.interp(ALONG, s / s[-1], ALONG)  # which part of the strip is seen at each s
+    lit = (up @ light) * out - (radial @ light) * high  # the strip's normal times the light
+    lit = np.where(up[2] * out < radial[2] * high, -0.8 * lit, lit)  # an underside is a little duller
     return basis * [length * s[-1], length], u, np.interp(u, ALONG, t), np.interp(u, ALONG, lit), side @ light
 
 # %% ../../nbs/tools/blooms.ipynb #3e0ce609
@@ -113,7 +121,9 @@ def soft_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
 # %% ../../nbs/tools/blooms.ipynb #1906d1fa
 def to_image(rgb: np.ndarray) -> Image.Image:
     "A PIL image of float planes (3, H, W) in 0..1."
-    return Image.fromarray(np.ascontiguousarray((np.clip(rgb, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)))
+    return Image.fromarray(
+        np.ascontiguousarray((np.clip(rgb, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0))
+    )
 
 # %% ../../nbs/tools/blooms.ipynb #4421c753
 def to_planes(image: Image.Image) -> np.ndarray:
@@ -125,19 +135,26 @@ def new_canvas(rgb: np.ndarray, light: np.ndarray, rng: np.random.Generator) -> 
     "An empty canvas over a background (3, H, H)."
     n = rgb.shape[-1]
     grain = soft_noise(rng, n, n // 4) + soft_noise(rng, n, n // 12) - 1
-    return Canvas(rgb.astype(np.float32), np.zeros((n, n), np.uint8), np.zeros((n, n), np.int16), grain, light)
+    return Canvas(
+        rgb.astype(np.float32), np.zeros((n, n), np.uint8), np.zeros((n, n), np.int16), grain, light
+    )
 
 # %% ../../nbs/tools/blooms.ipynb #7c05731c
 def petal_window(canvas: Canvas, petal: Petal, margin: float) -> tuple[slice, slice]:
     "Rows and columns of the picture that can hold the petal, `margin` pixels wider."
     w = petal.width.max() + np.abs(petal.middle).max()
     corners = petal.origin + np.array([[0, -w], [0, w], [1, -w], [1, w]]) @ petal.basis.T
-    (x0, y0), (x1, y1) = (np.clip(v, 0, len(canvas.mask)).astype(int) for v in (corners.min(0) - margin, corners.max(0) + margin + 1))
+    (x0, y0), (x1, y1) = (
+        np.clip(v, 0, len(canvas.mask)).astype(int)
+        for v in (corners.min(0) - margin, corners.max(0) + margin + 1)
+    )
     return slice(y0, y1), slice(x0, x1)
 
 # %% ../../nbs/tools/blooms.ipynb #034b6ebe
 def petal_coordinates(petal: Petal, window: tuple[slice, slice]):
-    "For every pixel (h, w): index into the tables along, position across (-1..1 within), pixels inside the edge."
+    """For every pixel (h, w): index into the tables along, position across (-1..1 within), pixels inside the
+    edge.
+    """
     rows, cols = window
     y = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] - np.float32(petal.origin[1])
     x = np.arange(cols.start, cols.stop, dtype=np.float32) - np.float32(petal.origin[0])
@@ -149,7 +166,8 @@ def petal_coordinates(petal: Petal, window: tuple[slice, slice]):
     slope = np.gradient(petal.width, 1 / STEPS)
     slope[[0, -1]] = 0
     per_s, per_t = (inverse**2).sum(1)
-    # The slope of a round tip is endless: true at the edge, far too much for points outside, so capped for those.
+    # The slope of a round tip is endless: true at the edge, far too much for points outside, so capped for
+    # those.
     within, beyond = (1 / np.sqrt(per_s * k**2 + per_t) for k in (slope, np.clip(slope, -2, 2)))
     edge = petal.width[along] - np.abs(t)
     edge *= np.where(edge > 0, within[along], beyond[along])
@@ -157,42 +175,61 @@ def petal_coordinates(petal: Petal, window: tuple[slice, slice]):
     return along, t / (petal.width[along] + 1e-3), edge
 
 # %% ../../nbs/tools/blooms.ipynb #63e374ef
-def cast_shadow(canvas: Canvas, window: tuple[slice, slice], edge: np.ndarray, soft: float, strength: float) -> None:
+def cast_shadow(
+    canvas: Canvas, window: tuple[slice, slice], edge: np.ndarray, soft: float, strength: float
+) -> None:
     "Darken what lies below a surface: its outline, blurred over `soft` pixels and moved away from the light."
-    dx, dy = np.round(-canvas.light[:2] * soft * .6).astype(int)
+    dx, dy = np.round(-canvas.light[:2] * soft * 0.6).astype(int)
     (h, w), (rows, cols) = edge.shape, window
-    y0, y1, x0, x1 = max(0, -dy), min(h, h - dy), max(0, -dx), min(w, w - dx)   # what stays in the window when moved
-    if y1 <= y0 or x1 <= x0: return
-    under = canvas.rgb[:, rows.start + y0 + dy:rows.start + y1 + dy, cols.start + x0 + dx:cols.start + x1 + dx]
-    under *= 1 - strength * np.clip(.5 + edge[y0:y1, x0:x1] / soft, 0, 1)
+    # what stays in the window when moved
+    y0, y1, x0, x1 = max(0, -dy), min(h, h - dy), max(0, -dx), min(w, w - dx)
+    if y1 <= y0 or x1 <= x0:
+        return
+    under = canvas.rgb[
+        :, rows.start + y0 + dy : rows.start + y1 + dy, cols.start + x0 + dx : cols.start + x1 + dx
+    ]
+    under *= 1 - strength * np.clip(0.5 + edge[y0:y1, x0:x1] / soft, 0, 1)
 
 # %% ../../nbs/tools/blooms.ipynb #28b49ca6
 def paint_petal(
-    canvas: Canvas, petal: Petal,
-    kind: int = 1,        # what to write into the mask
-    number: int = 0,      # which flower it belongs to
-    soft: float = 1.5,    # pixels: width of its edge; large is out of focus
-    shadow: float = .36,  # 0..1: how dark its shadow is
-    ink: float = .12,     # 0..1: how dark its rim is
+    canvas: Canvas,
+    petal: Petal,
+    kind: int = 1,  # what to write into the mask
+    number: int = 0,  # which flower it belongs to
+    soft: float = 1.5,  # pixels: width of its edge; large is out of focus
+    shadow: float = 0.36,  # 0..1: how dark its shadow is
+    ink: float = 0.12,  # 0..1: how dark its rim is
 ) -> None:
     "Paint a petal, leaf or stem over a canvas, and into its mask."
-    reach = max(2., .03 * len(canvas.mask))
+    reach = max(2.0, 0.03 * len(canvas.mask))
     window = petal_window(canvas, petal, soft + 1.2 * reach)
-    if min(window[0].stop - window[0].start, window[1].stop - window[1].start) < 2: return   # outside the picture
+    # outside the picture
+    if min(window[0].stop - window[0].start, window[1].stop - window[1].start) < 2:
+        return
     along, across, edge = petal_coordinates(petal, window)
-    if shadow: cast_shadow(canvas, window, edge, reach + soft, shadow)
+    if shadow:
+        cast_shadow(canvas, window, edge, reach + soft, shadow)
     light = petal.shade[along] + petal.across[np.clip(across * 127.5 + 128, 0, STEPS - 1).astype(np.intp)]
-    light += .08 * canvas.grain[window]
-    light *= 1 - ink * np.clip(1.2 - edge / (1 + .004 * len(canvas.mask)), 0, 1)
-    coverage = np.clip(.5 + edge / soft, 0, 1)
+    light += 0.08 * canvas.grain[window]
+    light *= 1 - ink * np.clip(1.2 - edge / (1 + 0.004 * len(canvas.mask)), 0, 1)
+    coverage = np.clip(0.5 + edge / soft, 0, 1)
     colour = petal.colour.take(along, 1) * light
     under = canvas.rgb[(slice(None), *window)]
     under += coverage * (colour - under)
-    seen = coverage > .5
+    seen = coverage > 0.5
     canvas.mask[window][seen], canvas.owner[window][seen] = kind, number
 
 # %% ../../nbs/tools/blooms.ipynb #9aa55f4d
-GREENS = np.array([[.26, .44, .13], [.40, .58, .20], [.18, .35, .15], [.56, .66, .28], [.32, .48, .33], [.15, .27, .10]])
+GREENS = np.array(
+    [
+        [0.26, 0.44, 0.13],
+        [0.40, 0.58, 0.20],
+        [0.18, 0.35, 0.15],
+        [0.56, 0.66, 0.28],
+        [0.32, 0.48, 0.33],
+        [0.15, 0.27, 0.10],
+    ]
+)
 
 # %% ../../nbs/tools/blooms.ipynb #d3de85db
 def colour_ramp(*stops) -> np.ndarray:
@@ -206,30 +243,79 @@ def tables(*arrays) -> tuple[np.ndarray, ...]:
     return tuple(np.asarray(a, np.float32) for a in arrays)
 
 # %% ../../nbs/tools/blooms.ipynb #3aa8cad0
-def make_leaf(canvas: Canvas, rng: np.random.Generator, base, angle: float, length: float, width: float, green: np.ndarray) -> Petal:
-    "A leaf or blade of random bend and taper; `base` and `length` in pixels, half-`width` relative to the length."
-    pose = rotation(rng.uniform(0, .7), rng.uniform(0, 2 * np.pi))
-    basis, u, middle, lit, side = bend_strip(pose, angle, length, rng.uniform(0, .4), rng.uniform(-.3, 1.2), canvas.light)
-    profile = petal_profile(rng.uniform(.3, .5), rng.uniform(.7, 1.))
-    ribs = .22 * np.exp(-(ACROSS / .07)**2) + .05 * np.cos(np.abs(ACROSS) * 30 + 4) + .15 * np.sign(ACROSS) * side
+def make_leaf(
+    canvas: Canvas,
+    rng: np.random.Generator,
+    base,
+    angle: float,
+    length: float,
+    width: float,
+    green: np.ndarray,
+) -> Petal:
+    """A leaf or blade of random bend and taper; `base` and `length` in pixels, half-`width` relative to the
+    length.
+    """
+    pose = rotation(rng.uniform(0, 0.7), rng.uniform(0, 2 * np.pi))
+    basis, u, middle, lit, side = bend_strip(
+        pose, angle, length, rng.uniform(0, 0.4), rng.uniform(-0.3, 1.2), canvas.light
+    )
+    profile = petal_profile(rng.uniform(0.3, 0.5), rng.uniform(0.7, 1.0))
+    ribs = (
+        0.22 * np.exp(-((ACROSS / 0.07) ** 2))
+        + 0.05 * np.cos(np.abs(ACROSS) * 30 + 4)
+        + 0.15 * np.sign(ACROSS) * side
+    )
     at = (u * (STEPS - 1)).astype(int)
-    sway = rng.normal(0, .08) * u**2
-    ramp = colour_ramp((0, green * .85), (1, green * 1.1))
-    return Petal(np.asarray(base, float), basis, *tables(width * profile[at], middle + sway, .66 + .5 * lit, ribs, ramp))
+    sway = rng.normal(0, 0.08) * u**2
+    ramp = colour_ramp((0, green * 0.85), (1, green * 1.1))
+    return Petal(
+        np.asarray(base, float),
+        basis,
+        *tables(width * profile[at], middle + sway, 0.66 + 0.5 * lit, ribs, ramp),
+    )
 
 # %% ../../nbs/tools/blooms.ipynb #7f0ae4ad
-def make_stem(canvas: Canvas, base, angle: float, length: float, width: float, green: np.ndarray, sway: float = 0.) -> Petal:
+def make_stem(
+    canvas: Canvas, base, angle: float, length: float, width: float, green: np.ndarray, sway: float = 0.0
+) -> Petal:
     "A round stalk of even width (or, nearly flat, a strip of tape); units as in `make_leaf`."
-    basis, u, middle, lit, _ = bend_strip(np.eye(3), angle, length, 0., 0., canvas.light)
+    basis, u, middle, lit, _ = bend_strip(np.eye(3), angle, length, 0.0, 0.0, canvas.light)
     profile = np.full(STEPS, width)
     profile[[0, -1]] = 0
-    ramp = colour_ramp((0, green), (1, green * .9))
-    return Petal(np.asarray(base, float), basis, *tables(profile, sway * u**2, .62 + .4 * lit, -.3 * ACROSS**2, ramp))
+    ramp = colour_ramp((0, green), (1, green * 0.9))
+    return Petal(
+        np.asarray(base, float),
+        basis,
+        *tables(profile, sway * u**2, 0.62 + 0.4 * lit, -0.3 * ACROSS**2, ramp),
+    )
 
 # %% ../../nbs/tools/blooms.ipynb #7c2a4df7
-HUES = np.array([[.98, .97, .94], [.99, .95, .80], [1., .87, .20], [.98, .62, .14], [.90, .18, .13], [.95, .42, .44],
-                 [.98, .70, .80], [.90, .28, .60], [.68, .26, .68], [.62, .47, .86], [.40, .42, .88], [.54, .70, .97]])
-HEARTS = np.array([[.96, .80, .18], [.84, .54, .12], [.38, .22, .11], [.74, .78, .28], [.93, .90, .64], [.27, .13, .19]])
+HUES = np.array(
+    [
+        [0.98, 0.97, 0.94],
+        [0.99, 0.95, 0.80],
+        [1.0, 0.87, 0.20],
+        [0.98, 0.62, 0.14],
+        [0.90, 0.18, 0.13],
+        [0.95, 0.42, 0.44],
+        [0.98, 0.70, 0.80],
+        [0.90, 0.28, 0.60],
+        [0.68, 0.26, 0.68],
+        [0.62, 0.47, 0.86],
+        [0.40, 0.42, 0.88],
+        [0.54, 0.70, 0.97],
+    ]
+)
+HEARTS = np.array(
+    [
+        [0.96, 0.80, 0.18],
+        [0.84, 0.54, 0.12],
+        [0.38, 0.22, 0.11],
+        [0.74, 0.78, 0.28],
+        [0.93, 0.90, 0.64],
+        [0.27, 0.13, 0.19],
+    ]
+)
 
 # %% ../../nbs/tools/blooms.ipynb #bc2107d0
 def petal_colour(rng: np.random.Generator) -> np.ndarray:
@@ -270,18 +356,32 @@ class Anatomy:
 # %% ../../nbs/tools/blooms.ipynb #252df320
 def vein_table(rng: np.random.Generator, strength: float) -> np.ndarray:
     "Light (STEPS,) across a petal: fine lines, and a fold in the middle."
-    lines = np.cos(ACROSS * rng.uniform(14, 30) + rng.normal(0, 1.5) * ACROSS**2) + .6 * np.cos(ACROSS * rng.uniform(35, 55))
-    return strength * lines * (1 - .5 * ACROSS**2) - rng.uniform(0, .12) * np.exp(-(ACROSS / .08)**2)
+    lines = np.cos(ACROSS * rng.uniform(14, 30) + rng.normal(0, 1.5) * ACROSS**2) + 0.6 * np.cos(
+        ACROSS * rng.uniform(35, 55)
+    )
+    return strength * lines * (1 - 0.5 * ACROSS**2) - rng.uniform(0, 0.12) * np.exp(-((ACROSS / 0.08) ** 2))
 
 # %% ../../nbs/tools/blooms.ipynb #877353a0
 def grow(rng: np.random.Generator, place: np.ndarray, radius: float) -> Anatomy:
     "Draw a flower's anatomy; `place` (2,) and `radius` in pixels."
     return Anatomy(
-        place=place, radius=radius, pose=rotation(rng.uniform(0, .4), rng.uniform(0, 2 * np.pi)), phase=rng.uniform(0, 2 * np.pi),
-        lift=rng.uniform(-.1, .25), curl=rng.uniform(-.2, .4), width=rng.uniform(.58, .8), widest=rng.uniform(.52, .64),
-        sharp=rng.random(), ruffle=rng.uniform(0, .03), jitter=rng.standard_normal((5, 8)), colours=petal_colours(rng),
-        eye=rng.uniform(.15, .55), veins=vein_table(rng, rng.uniform(.01, .05)), disc=rng.uniform(.13, .25),
-        heart=str(rng.choice(["disc", "button", "stamens"])))
+        place=place,
+        radius=radius,
+        pose=rotation(rng.uniform(0, 0.4), rng.uniform(0, 2 * np.pi)),
+        phase=rng.uniform(0, 2 * np.pi),
+        lift=rng.uniform(-0.1, 0.25),
+        curl=rng.uniform(-0.2, 0.4),
+        width=rng.uniform(0.58, 0.8),
+        widest=rng.uniform(0.52, 0.64),
+        sharp=rng.random(),
+        ruffle=rng.uniform(0, 0.03),
+        jitter=rng.standard_normal((5, 8)),
+        colours=petal_colours(rng),
+        eye=rng.uniform(0.15, 0.55),
+        veins=vein_table(rng, rng.uniform(0.01, 0.05)),
+        disc=rng.uniform(0.13, 0.25),
+        heart=str(rng.choice(["disc", "button", "stamens"])),
+    )
 
 # %% ../../nbs/tools/blooms.ipynb #adffc691
 def make_petal(canvas: Canvas, plant: Anatomy, species: Species, i: int) -> Petal:
@@ -289,35 +389,62 @@ def make_petal(canvas: Canvas, plant: Anatomy, species: Species, i: int) -> Peta
     angle, length, width, lift, twist = plant.jitter[:, i]
     n, round_tip = species.petals, species.tip == "round"
     basis, u, middle, lit, side = bend_strip(
-        plant.pose, plant.phase + 2 * np.pi / n * (i + .04 * angle), plant.radius * (1 + .05 * length),
-        plant.lift + .1 * lift, plant.curl, canvas.light, .12 * twist)
-    profile = petal_profile(plant.widest, .28 + .12 * plant.sharp if round_tip else 1. + .45 * plant.sharp)
-    profile = profile * (1 + plant.ruffle * np.sin(30 * ALONG + 3 * width + i)) * 1.9 / n * plant.width * (1 + .07 * width)
-    sway = .05 * twist * u**2 + .3 * plant.ruffle * np.sin(9 * u + 5 * lift)
-    hollow = 1 - .4 * np.exp(-u / .15)                                  # little light gets down to the centre
-    shade = (.76 + .40 * lit) * hollow * (1 + .04 * length)
+        plant.pose,
+        plant.phase + 2 * np.pi / n * (i + 0.04 * angle),
+        plant.radius * (1 + 0.05 * length),
+        plant.lift + 0.1 * lift,
+        plant.curl,
+        canvas.light,
+        0.12 * twist,
+    )
+    profile = petal_profile(
+        plant.widest, 0.28 + 0.12 * plant.sharp if round_tip else 1.0 + 0.45 * plant.sharp
+    )
+    profile = (
+        profile
+        * (1 + plant.ruffle * np.sin(30 * ALONG + 3 * width + i))
+        * 1.9
+        / n
+        * plant.width
+        * (1 + 0.07 * width)
+    )
+    sway = 0.05 * twist * u**2 + 0.3 * plant.ruffle * np.sin(9 * u + 5 * lift)
+    hollow = 1 - 0.4 * np.exp(-u / 0.15)  # little light gets down to the centre
+    shade = (0.76 + 0.40 * lit) * hollow * (1 + 0.04 * length)
     base, body, tip, _ = plant.colours
-    ramp = colour_ramp((0, base), (plant.eye / 2, base), (plant.eye, body), (.75, body), (1, tip))
+    ramp = colour_ramp((0, base), (plant.eye / 2, base), (plant.eye, body), (0.75, body), (1, tip))
     at = (u * (STEPS - 1)).astype(int)
-    return Petal(plant.place, basis, *tables(profile[at], middle + sway, shade, plant.veins + .22 * side * ACROSS, ramp[:, at]))
+    return Petal(
+        plant.place,
+        basis,
+        *tables(profile[at], middle + sway, shade, plant.veins + 0.22 * side * ACROSS, ramp[:, at]),
+    )
 
 # %% ../../nbs/tools/blooms.ipynb #fc9ae1d3
 def heart_sprite(plant: Anatomy, size: int, rng: np.random.Generator) -> Image.Image:
     "A flower's centre seen from the front, RGBA (size, size)."
     mid, colour = 1.5 * size, plant.colours[3]
-    def paint(bright): return tuple(int(255 * min(1, max(0, v))) for v in colour * bright)
-    image = Image.new("RGBA", (3 * size, 3 * size), paint(.6) + (0,))
+
+    def paint(bright):
+        return tuple(int(255 * min(1, max(0, v))) for v in colour * bright)
+
+    image = Image.new("RGBA", (3 * size, 3 * size), paint(0.6) + (0,))
     draw = ImageDraw.Draw(image)
-    def dot(x, y, r, bright): draw.ellipse([mid + x - r, mid + y - r, mid + x + r, mid + y + r], fill=paint(bright) + (255,))
+
+    def dot(x, y, r, bright):
+        draw.ellipse([mid + x - r, mid + y - r, mid + x + r, mid + y + r], fill=paint(bright) + (255,))
+
     disc = plant.heart == "disc"
-    if plant.heart != "stamens": dot(0, 0, mid * (.8 if disc else .4), .7)
-    count, r = (70, .075 * mid) if disc else (26, .09 * mid)
+    if plant.heart != "stamens":
+        dot(0, 0, mid * (0.8 if disc else 0.4), 0.7)
+    count, r = (70, 0.075 * mid) if disc else (26, 0.09 * mid)
     for k in range(count):
-        far = .85 * ((k + .5) / count)**.5 if disc else rng.uniform(.35, .9)
-        angle = 2.39996 * k + rng.normal(0, .06)
+        far = 0.85 * ((k + 0.5) / count) ** 0.5 if disc else rng.uniform(0.35, 0.9)
+        angle = 2.39996 * k + rng.normal(0, 0.06)
         x, y = mid * far * np.cos(angle), mid * far * np.sin(angle)
-        if not disc: draw.line([mid, mid, mid + x, mid + y], fill=paint(.8) + (255,), width=max(1, size // 13))
-        dot(x, y, r, 1 - .15 * y / mid + rng.normal(0, .12) - .3 * (disc and far < .3))
+        if not disc:
+            draw.line([mid, mid, mid + x, mid + y], fill=paint(0.8) + (255,), width=max(1, size // 13))
+        dot(x, y, r, 1 - 0.15 * y / mid + rng.normal(0, 0.12) - 0.3 * (disc and far < 0.3))
     return image.resize((size, size), Image.Resampling.BOX)
 
 # %% ../../nbs/tools/blooms.ipynb #1e2a9fb8
@@ -325,25 +452,30 @@ def paint_heart(canvas: Canvas, plant: Anatomy, number: int, rng: np.random.Gene
     "Paint the centre of flower `number` in its pose, over its petals."
     n, r = len(canvas.mask), plant.radius * plant.disc
     sprite, reach = heart_sprite(plant, max(8, int(2 * r)), rng), int(r + 3)
-    middle = plant.place + plant.pose[:2, 2] * r * .35        # it stands a little above the plane
+    middle = plant.place + plant.pose[:2, 2] * r * 0.35  # it stands a little above the plane
     corner = middle.astype(int) - reach
     inverse = np.linalg.inv(plant.pose[:2, :2] * (2 * r / sprite.width))
     shift = sprite.width / 2 - inverse @ (middle - corner)
     affine = *inverse[0], shift[0], *inverse[1], shift[1]
-    patch = sprite.transform((2 * reach, 2 * reach), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+    patch = sprite.transform(
+        (2 * reach, 2 * reach), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR
+    )
     (x0, y0), (x1, y1) = np.clip(corner, 0, n), np.clip(corner + 2 * reach, 0, n)
-    if x1 <= x0 or y1 <= y0: return
-    *colour, opaque = to_planes(patch)[:, y0 - corner[1]:y1 - corner[1], x0 - corner[0]:x1 - corner[0]]
+    if x1 <= x0 or y1 <= y0:
+        return
+    *colour, opaque = to_planes(patch)[:, y0 - corner[1] : y1 - corner[1], x0 - corner[0] : x1 - corner[0]]
     x, y = (np.arange(x0, x1) - middle[0]) / r, (np.arange(y0, y1)[:, None] - middle[1]) / r
-    bulge = .78 + .22 * canvas.light[2] + .3 * (x * canvas.light[0] + y * canvas.light[1])
+    bulge = 0.78 + 0.22 * canvas.light[2] + 0.3 * (x * canvas.light[0] + y * canvas.light[1])
     under = canvas.rgb[:, y0:y1, x0:x1]
-    under *= 1 - .35 * np.clip(1.5 - 1.1 * np.hypot(x, y), 0, 1)
+    under *= 1 - 0.35 * np.clip(1.5 - 1.1 * np.hypot(x, y), 0, 1)
     under += opaque * (colour * bulge - under)
-    seen = opaque > .5
+    seen = opaque > 0.5
     canvas.mask[y0:y1, x0:x1][seen], canvas.owner[y0:y1, x0:x1][seen] = 2, number
 
 # %% ../../nbs/tools/blooms.ipynb #4341fd7b
-def paint_flower(canvas: Canvas, plant: Anatomy, species: Species, number: int, rng: np.random.Generator, **how) -> None:
+def paint_flower(
+    canvas: Canvas, plant: Anatomy, species: Species, number: int, rng: np.random.Generator, **how
+) -> None:
     "Paint flower `number`; `how` goes to `paint_petal`."
     for i in sorted(range(species.petals), key=lambda i: (i % 2, plant.jitter[0, i])):
         paint_petal(canvas, make_petal(canvas, plant, species, i), 1, number, **how)
@@ -361,19 +493,24 @@ def paint_of(colour) -> tuple[int, ...]:
     return tuple(int(255 * min(1, max(0, v))) for v in colour)
 
 # %% ../../nbs/tools/blooms.ipynb #87859d86
-def draw_blades(image: Image.Image, rng: np.random.Generator, count: int, colours: np.ndarray, upright: bool) -> None:
+def draw_blades(
+    image: Image.Image, rng: np.random.Generator, count: int, colours: np.ndarray, upright: bool
+) -> None:
     "Grass and leaves as plain polygons, to be blurred."
     draw, n = ImageDraw.Draw(image), image.width
     for _ in range(count):
-        base = rng.uniform(-.1, 1.1, 2) * n
-        angle = rng.normal(-np.pi / 2, .45) if upright else rng.uniform(0, 2 * np.pi)
-        length, wide = rng.uniform(.3, 1.) * n, rng.uniform(.012, .05) * n * (1 if upright else 2.2)
+        base = rng.uniform(-0.1, 1.1, 2) * n
+        angle = rng.normal(-np.pi / 2, 0.45) if upright else rng.uniform(0, 2 * np.pi)
+        length, wide = rng.uniform(0.3, 1.0) * n, rng.uniform(0.012, 0.05) * n * (1 if upright else 2.2)
         ahead, aside = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
-        k = np.array([[0], [.3], [.6], [.85], [1]])
-        spine = base + length * (k * ahead + rng.normal(0, .15) * k**2 * aside)
-        half = wide * np.array([[.5], [1], [.8], [.4], [0]]) * aside
+        k = np.array([[0], [0.3], [0.6], [0.85], [1]])
+        spine = base + length * (k * ahead + rng.normal(0, 0.15) * k**2 * aside)
+        half = wide * np.array([[0.5], [1], [0.8], [0.4], [0]]) * aside
         outline = np.concatenate([spine + half, (spine - half)[::-1]])
-        draw.polygon(outline.ravel().tolist(), fill=paint_of(colours[rng.integers(len(colours))] * rng.uniform(.55, 1.6)))
+        draw.polygon(
+            outline.ravel().tolist(),
+            fill=paint_of(colours[rng.integers(len(colours))] * rng.uniform(0.55, 1.6)),
+        )
 
 # %% ../../nbs/tools/blooms.ipynb #ce000dfe
 def draw_bokeh(image: Image.Image, rng: np.random.Generator, count: int) -> None:
@@ -385,7 +522,8 @@ def draw_bokeh(image: Image.Image, rng: np.random.Generator, count: int) -> None
         draw.ellipse([x - r, y - r, x + r, y + r], fill=paint_of(colour * rng.uniform(.6, 1.1)))
 
 # %% ../../nbs/tools/blooms.ipynb #d8f39f8a
-EARTH = np.array([[.32, .24, .16], [.48, .39, .27], [.66, .68, .52], [.68, .77, .84]])   # soil, straw, meadow, sky
+# soil, straw, meadow, sky
+EARTH = np.array([[0.32, 0.24, 0.16], [0.48, 0.39, 0.27], [0.66, 0.68, 0.52], [0.68, 0.77, 0.84]])
 
 # %% ../../nbs/tools/blooms.ipynb #b8329364
 def garden_background(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -413,49 +551,83 @@ def paper_background(rng: np.random.Generator, size: int, age: float) -> np.ndar
 def paint_foliage(canvas: Canvas, rng: np.random.Generator) -> None:
     "A few leaves and blades behind the flower, nearly in focus."
     n = len(canvas.mask)
-    tone = rng.uniform(.7, 1.3)
+    tone = rng.uniform(0.7, 1.3)
     for _ in range(rng.integers(0, 6)):
-        blade = rng.random() < .6
-        angle = rng.normal(-np.pi / 2, .6) if blade else rng.uniform(0, 2 * np.pi)
-        length = n * (rng.uniform(.5, 1.1) if blade else rng.uniform(.25, .5))
-        width = rng.uniform(.02, .05) if blade else rng.uniform(.12, .3)
-        base = n * (np.array([rng.uniform(0, 1), rng.uniform(.6, 1.1)]) if blade else rng.uniform(0, 1, 2))
-        leaf = make_leaf(canvas, rng, base, angle, length, width, GREENS[rng.integers(5)] * tone * rng.uniform(.6, 1.2))
-        paint_petal(canvas, leaf, 0, soft=n * rng.uniform(.01, .05), shadow=.2)
+        blade = rng.random() < 0.6
+        angle = rng.normal(-np.pi / 2, 0.6) if blade else rng.uniform(0, 2 * np.pi)
+        length = n * (rng.uniform(0.5, 1.1) if blade else rng.uniform(0.25, 0.5))
+        width = rng.uniform(0.02, 0.05) if blade else rng.uniform(0.12, 0.3)
+        base = n * (np.array([rng.uniform(0, 1), rng.uniform(0.6, 1.1)]) if blade else rng.uniform(0, 1, 2))
+        leaf = make_leaf(
+            canvas, rng, base, angle, length, width, GREENS[rng.integers(5)] * tone * rng.uniform(0.6, 1.2)
+        )
+        paint_petal(canvas, leaf, 0, soft=n * rng.uniform(0.01, 0.05), shadow=0.2)
 
 # %% ../../nbs/tools/blooms.ipynb #8c9add39
-def paint_plant(canvas: Canvas, rng: np.random.Generator, plant: Anatomy, dry: float = 0.) -> float:
+def paint_plant(canvas: Canvas, rng: np.random.Generator, plant: Anatomy, dry: float = 0.0) -> float:
     "Stem and leaves behind a flower, browned by `dry` (0..1). Returns the stem's direction in radians."
-    green = GREENS[rng.integers(5)] * rng.uniform(.8, 1.3)
-    green = green + (np.array([.50, .42, .25]) * rng.uniform(.7, 1.1) - green) * dry
-    down = rng.normal(np.pi / 2, .35)
-    stem = make_stem(canvas, plant.place, down, 1.6 * len(canvas.mask), rng.uniform(.006, .012), green, rng.normal(0, .12))
+    green = GREENS[rng.integers(5)] * rng.uniform(0.8, 1.3)
+    green = green + (np.array([0.50, 0.42, 0.25]) * rng.uniform(0.7, 1.1) - green) * dry
+    down = rng.normal(np.pi / 2, 0.35)
+    stem = make_stem(
+        canvas,
+        plant.place,
+        down,
+        1.6 * len(canvas.mask),
+        rng.uniform(0.006, 0.012),
+        green,
+        rng.normal(0, 0.12),
+    )
     paint_petal(canvas, stem, 0)
     for _ in range(rng.integers(0, 5)):
-        base = plant.place + plant.radius * rng.uniform(.4, 2.2) * np.array([np.cos(down), np.sin(down)])
-        angle = down + rng.choice([-1, 1]) * rng.uniform(.4, 2.)
-        leaf = make_leaf(canvas, rng, base, angle, plant.radius * rng.uniform(.7, 1.5), rng.uniform(.1, .25), green * rng.uniform(.8, 1.2))
+        base = plant.place + plant.radius * rng.uniform(0.4, 2.2) * np.array([np.cos(down), np.sin(down)])
+        angle = down + rng.choice([-1, 1]) * rng.uniform(0.4, 2.0)
+        leaf = make_leaf(
+            canvas,
+            rng,
+            base,
+            angle,
+            plant.radius * rng.uniform(0.7, 1.5),
+            rng.uniform(0.1, 0.25),
+            green * rng.uniform(0.8, 1.2),
+        )
         paint_petal(canvas, leaf, 0, soft=rng.uniform(1, 3))
     return down
 
 # %% ../../nbs/tools/blooms.ipynb #5b87bc15
 def paint_occluders(canvas: Canvas, rng: np.random.Generator, plant: Anatomy) -> None:
     "In three pictures of ten, a leaf or a blade or two in front of the flower."
-    for _ in range(rng.choice([0, 1, 2], p=[.7, .25, .05])):
-        side, blade = rng.uniform(0, 2 * np.pi), rng.random() < .5
-        base = plant.place + plant.radius * rng.uniform(.9, 1.3) * np.array([np.cos(side), np.sin(side)])
-        length = plant.radius * (rng.uniform(1.2, 2.2) if blade else rng.uniform(.5, .9))
-        width = rng.uniform(.02, .04) if blade else rng.uniform(.15, .28)
-        leaf = make_leaf(canvas, rng, base, side + np.pi + rng.normal(0, .6), length, width, GREENS[rng.integers(5)] * rng.uniform(.8, 1.4))
-        paint_petal(canvas, leaf, 0, soft=rng.uniform(1, 5), shadow=.25)
+    for _ in range(rng.choice([0, 1, 2], p=[0.7, 0.25, 0.05])):
+        side, blade = rng.uniform(0, 2 * np.pi), rng.random() < 0.5
+        base = plant.place + plant.radius * rng.uniform(0.9, 1.3) * np.array([np.cos(side), np.sin(side)])
+        length = plant.radius * (rng.uniform(1.2, 2.2) if blade else rng.uniform(0.5, 0.9))
+        width = rng.uniform(0.02, 0.04) if blade else rng.uniform(0.15, 0.28)
+        leaf = make_leaf(
+            canvas,
+            rng,
+            base,
+            side + np.pi + rng.normal(0, 0.6),
+            length,
+            width,
+            GREENS[rng.integers(5)] * rng.uniform(0.8, 1.4),
+        )
+        paint_petal(canvas, leaf, 0, soft=rng.uniform(1, 5), shadow=0.25)
 
 # %% ../../nbs/tools/blooms.ipynb #6a182abd
 def press(plant: Anatomy, rng: np.random.Generator) -> Anatomy:
     "What pressing and drying do: flat, paler, browner, more wrinkled, with darker veins."
-    much = rng.uniform(.3, .7)
-    dull = .4 * plant.colours.mean(1, keepdims=True) + .6 * np.array([.66, .53, .36])
-    return replace(plant, pose=np.eye(3), lift=0., curl=0., colours=(plant.colours + (dull - plant.colours) * much) * rng.uniform(.8, 1.),
-                   veins=1.6 * plant.veins, ruffle=plant.ruffle + .025, jitter=plant.jitter * [[1.3], [1.2], [1.5], [1], [2]])
+    much = rng.uniform(0.3, 0.7)
+    dull = 0.4 * plant.colours.mean(1, keepdims=True) + 0.6 * np.array([0.66, 0.53, 0.36])
+    return replace(
+        plant,
+        pose=np.eye(3),
+        lift=0.0,
+        curl=0.0,
+        colours=(plant.colours + (dull - plant.colours) * much) * rng.uniform(0.8, 1.0),
+        veins=1.6 * plant.veins,
+        ruffle=plant.ruffle + 0.025,
+        jitter=plant.jitter * [[1.3], [1.2], [1.5], [1], [2]],
+    )
 
 # %% ../../nbs/tools/blooms.ipynb #d6ecd7f3
 def paste_label(rgb: np.ndarray, rng: np.random.Generator) -> None:
@@ -478,9 +650,16 @@ def paint_tape(canvas: Canvas, place: np.ndarray, angle: float) -> None:
     "A strip of yellowed, half transparent tape across the stem at `place` (2,) pixels."
     n = len(canvas.mask)
     under = canvas.rgb.copy()
-    strip = make_stem(canvas, place - .09 * n * np.array([np.cos(angle), np.sin(angle)]), angle, .18 * n, .13, np.array([.93, .86, .68]))
-    paint_petal(canvas, strip, 0, shadow=.1, ink=.12)
-    canvas.rgb[:] = .4 * under + .6 * canvas.rgb
+    strip = make_stem(
+        canvas,
+        place - 0.09 * n * np.array([np.cos(angle), np.sin(angle)]),
+        angle,
+        0.18 * n,
+        0.13,
+        np.array([0.93, 0.86, 0.68]),
+    )
+    paint_petal(canvas, strip, 0, shadow=0.1, ink=0.12)
+    canvas.rgb[:] = 0.4 * under + 0.6 * canvas.rgb
 
 # %% ../../nbs/tools/blooms.ipynb #7596d78b
 def light_from(rng: np.random.Generator) -> np.ndarray:
@@ -489,18 +668,31 @@ def light_from(rng: np.random.Generator) -> np.ndarray:
     return np.array([np.cos(side) * (1 - high**2)**.5, np.sin(side) * (1 - high**2)**.5, high], np.float32)
 
 # %% ../../nbs/tools/blooms.ipynb #40d32846
-def camera(canvas: Canvas, rng: np.random.Generator, gain=1., tint=(1, 1, 1), blur=0., noise=0., vignette=0., dapple=0.) -> np.ndarray:
-    "What a camera makes of a canvas, uint8 (H, W, 3); `blur` in pixels of a picture 192 wide, `noise` in 0..1."
+def camera(
+    canvas: Canvas,
+    rng: np.random.Generator,
+    gain=1.0,
+    tint=(1, 1, 1),
+    blur=0.0,
+    noise=0.0,
+    vignette=0.0,
+    dapple=0.0,
+) -> np.ndarray:
+    """What a camera makes of a canvas, uint8 (H, W, 3); `blur` in pixels of a picture 192 wide, `noise` in
+    0..1.
+    """
     n = len(canvas.mask)
     x = np.linspace(-1, 1, n, dtype=np.float32)
     y = x[:, None]
-    light = (1 + .15 * (x * canvas.light[0] + y * canvas.light[1])) * (1 - vignette / 2 * (x**2 + y**2))
-    if dapple: light = light * (1 - dapple * np.clip(3 * soft_noise(rng, n, 4) - 1.2, 0, 1))
+    light = (1 + 0.15 * (x * canvas.light[0] + y * canvas.light[1])) * (1 - vignette / 2 * (x**2 + y**2))
+    if dapple:
+        light = light * (1 - dapple * np.clip(3 * soft_noise(rng, n, 4) - 1.2, 0, 1))
     picture = canvas.rgb * light * np.float32(gain * np.asarray(tint))[:, None, None]
-    np.minimum(picture, .45 * picture + .44, out=picture)   # highlights are compressed before they clip
+    np.minimum(picture, 0.45 * picture + 0.44, out=picture)  # highlights are compressed before they clip
     picture = np.asarray(to_image(picture).filter(ImageFilter.GaussianBlur(blur * n / 192)))
     a, b = np.frombuffer(rng.bytes(2 * picture.size), np.uint8).reshape(2, *picture.shape)
-    hiss = np.subtract(a, b, dtype=np.float32)              # triangular, standard deviation 104.5: near normal, and much cheaper
+    # triangular, standard deviation 104.5: near normal, and much cheaper
+    hiss = np.subtract(a, b, dtype=np.float32)
     hiss *= 255 * noise / 104.5
     hiss += picture
     return np.clip(hiss, 0, 255, out=hiss).astype(np.uint8)
@@ -509,48 +701,95 @@ def camera(canvas: Canvas, rng: np.random.Generator, gain=1., tint=(1, 1, 1), bl
 def set_out(domain: str, rng: np.random.Generator, size: int) -> Canvas:
     "A canvas with a domain's background."
     light = light_from(rng)
-    if domain in ("garden", "night"): rgb = garden_background(rng, size)
-    else: rgb = paper_background(rng, size, rng.uniform(.35, 1) if domain == "herbarium" else rng.uniform(0, .35))
-    if domain == "herbarium" and rng.random() < .6: paste_label(rgb, rng)
+    if domain in ("garden", "night"):
+        rgb = garden_background(rng, size)
+    else:
+        rgb = paper_background(
+            rng, size, rng.uniform(0.35, 1) if domain == "herbarium" else rng.uniform(0, 0.35)
+        )
+    if domain == "herbarium" and rng.random() < 0.6:
+        paste_label(rgb, rng)
     canvas = new_canvas(rgb, light, rng)
-    if domain in ("garden", "night"): paint_foliage(canvas, rng)
-    if domain == "night": canvas.rgb[:] *= rng.uniform(.15, .55)
+    if domain in ("garden", "night"):
+        paint_foliage(canvas, rng)
+    if domain == "night":
+        canvas.rgb[:] *= rng.uniform(0.15, 0.55)
     return canvas
 
 # %% ../../nbs/tools/blooms.ipynb #b9458827
 def set_in(domain: str, rng, canvas: Canvas, plant: Anatomy, species: Species, number: int, inner) -> None:
-    "Paint one plant the domain's way: what is behind its flower, the flower (from its own stream `inner`), what is in front."
-    if domain == "herbarium": plant = press(plant, rng)
-    down = paint_plant(canvas, rng, plant, .75 if domain == "herbarium" else 0.)
-    paint_flower(canvas, plant, species, number, inner, **(dict(ink=.5, shadow=.14) if domain == "plate" else {}))
-    if domain in ("garden", "night"): paint_occluders(canvas, rng, plant)
+    """Paint one plant the domain's way: what is behind its flower, the flower (from its own stream `inner`),
+    what is in front.
+    """
     if domain == "herbarium":
-        paint_tape(canvas, plant.place + 1.25 * plant.radius * np.array([np.cos(down), np.sin(down)]), down + np.pi / 2)
+        plant = press(plant, rng)
+    down = paint_plant(canvas, rng, plant, 0.75 if domain == "herbarium" else 0.0)
+    paint_flower(
+        canvas, plant, species, number, inner, **(dict(ink=0.5, shadow=0.14) if domain == "plate" else {})
+    )
+    if domain in ("garden", "night"):
+        paint_occluders(canvas, rng, plant)
+    if domain == "herbarium":
+        paint_tape(
+            canvas,
+            plant.place + 1.25 * plant.radius * np.array([np.cos(down), np.sin(down)]),
+            down + np.pi / 2,
+        )
 
 # %% ../../nbs/tools/blooms.ipynb #13f4ea8f
 def take_picture(domain: str, rng: np.random.Generator, canvas: Canvas) -> np.ndarray:
     "Each domain's camera: uint8 (H, W, 3)."
-    def some(low, high): return rng.uniform(low, high)
-    warm = rng.normal(.01, .05)
+
+    def some(low, high):
+        return rng.uniform(low, high)
+
+    warm = rng.normal(0.01, 0.05)
     tint = np.array([1 + warm, 1, 1 - warm])
     if domain == "garden":
-        return camera(canvas, rng, some(.85, 1.25), tint, some(.35, 1.), some(.004, .025), some(0, .3), rng.choice([0, .5]))
-    if domain == "night" and rng.random() < .4:   # by moonlight
-        return camera(canvas, rng, some(.65, .95), tint * [.58, .74, 1.05], some(.2, 1.1), some(.025, .06), some(.5, .95))
-    if domain == "night":                         # by flash
-        return camera(canvas, rng, some(.85, 1.3), tint * [1.02, 1, .95], some(.2, 1.1), some(.025, .06), some(.5, .95))
+        return camera(
+            canvas,
+            rng,
+            some(0.85, 1.25),
+            tint,
+            some(0.35, 1.0),
+            some(0.004, 0.025),
+            some(0, 0.3),
+            rng.choice([0, 0.5]),
+        )
+    if domain == "night" and rng.random() < 0.4:  # by moonlight
+        return camera(
+            canvas,
+            rng,
+            some(0.65, 0.95),
+            tint * [0.58, 0.74, 1.05],
+            some(0.2, 1.1),
+            some(0.025, 0.06),
+            some(0.5, 0.95),
+        )
+    if domain == "night":  # by flash
+        return camera(
+            canvas,
+            rng,
+            some(0.85, 1.3),
+            tint * [1.02, 1, 0.95],
+            some(0.2, 1.1),
+            some(0.025, 0.06),
+            some(0.5, 0.95),
+        )
     paper = 1 + abs(warm) / 2, 1, 1 - abs(warm) / 2
-    return camera(canvas, rng, some(.95, 1.08), paper, some(.3, .7), some(.004, .012), some(0, .15))
+    return camera(canvas, rng, some(0.95, 1.08), paper, some(0.3, 0.7), some(0.004, 0.012), some(0, 0.15))
 
 # %% ../../nbs/tools/blooms.ipynb #38c6b9a7
 @dataclass(frozen=True)
 class Bloom:
     "A picture of flowers and the truth about it; n flowers are seen."
-    image: np.ndarray      # uint8 (H, W, 3)
-    mask: np.ndarray       # uint8 (H, W): 0 background, 1 petal, 2 centre; only what is seen, so leaves in front are 0
-    boxes: np.ndarray      # float32 (n, 4): x0, y0, x1, y1 in pixels, around what is seen of each flower
-    labels: np.ndarray     # int64 (n,): index into SPECIES
-    petals: np.ndarray     # int64 (n,): how many the flower has, seen or not
+
+    image: np.ndarray  # uint8 (H, W, 3)
+    # uint8 (H, W): 0 background, 1 petal, 2 centre; only what is seen, so leaves in front are 0
+    mask: np.ndarray
+    boxes: np.ndarray  # float32 (n, 4): x0, y0, x1, y1 in pixels, around what is seen of each flower
+    labels: np.ndarray  # int64 (n,): index into SPECIES
+    petals: np.ndarray  # int64 (n,): how many the flower has, seen or not
     diameters: np.ndarray  # float32 (n,): of the opened flower, as a fraction of the picture's width
     domain: str
     seed: int
@@ -581,7 +820,8 @@ def seen_box(owner: np.ndarray, number: int) -> np.ndarray | None:
 # %% ../../nbs/tools/blooms.ipynb #95375f11
 def check_choice(what: str, value, allowed) -> None:
     "Raise a ValueError that says what is allowed."
-    if value not in allowed: raise ValueError(f"{what} must be one of {', '.join(map(str, allowed))}; got {value!r}.")
+    if value not in allowed:
+        raise ValueError(f"{what} must be one of {', '.join(map(str, allowed))}; got {value!r}.")
 
 # %% ../../nbs/tools/blooms.ipynb #f96e2b17
 def check_range(what: str, value, low: int, high: int) -> int:
@@ -593,71 +833,122 @@ def check_range(what: str, value, low: int, high: int) -> int:
 # %% ../../nbs/tools/blooms.ipynb #b5a44f8d
 def draw_bloom(
     species: "str | Species | None",  # a name, a Species, or None: drawn at random for each flower
-    seed: int,                        # 0 or more; the same seed and arguments give the same pixels
-    size: int = 192,                  # width and height in pixels, 32 to 1024
-    domain: str = "garden",           # one of DOMAINS
-    flowers: int = 1,                 # 1 to 8; those hidden by others are left out of the truth
+    seed: int,  # 0 or more; the same seed and arguments give the same pixels
+    size: int = 192,  # width and height in pixels, 32 to 1024
+    domain: str = "garden",  # one of DOMAINS
+    flowers: int = 1,  # 1 to 8; those hidden by others are left out of the truth
 ) -> Bloom:
-    "Draw a picture of flowers, with its mask, boxes, labels, petal counts and diameters. A wrong argument is a ValueError."
-    if species is not None: check_choice("species", getattr(species, "name", species), [s.name for s in SPECIES])
+    """Draw a picture of flowers, with its mask, boxes, labels, petal counts and diameters. A wrong argument
+    is a ValueError.
+    """
+    if species is not None:
+        check_choice("species", getattr(species, "name", species), [s.name for s in SPECIES])
     check_choice("domain", domain, DOMAINS)
-    seed, size, flowers = check_range("seed", seed, 0, 2**63), check_range("size", size, 32, 1024), check_range("flowers", flowers, 1, 8)
+    seed, size, flowers = (
+        check_range("seed", seed, 0, 2**63),
+        check_range("size", size, 32, 1024),
+        check_range("flowers", flowers, 1, 8),
+    )
     who, scene, where, lens, *inner = (np.random.default_rng([seed, stream]) for stream in range(4 + flowers))
     named = {s.name: k for k, s in enumerate(SPECIES)}
-    labels = [named[getattr(species, "name", species)] if species else int(who.integers(len(SPECIES))) for _ in range(flowers)]
+    labels = [
+        named[getattr(species, "name", species)] if species else int(who.integers(len(SPECIES)))
+        for _ in range(flowers)
+    ]
     canvas, spots = set_out(domain, scene, size), place_flowers(where, flowers)
     for k, (x, y, d) in enumerate(spots):
-        set_in(domain, scene, canvas, grow(inner[k], size * np.array([x, y]), size * d / 2), SPECIES[labels[k]], k + 1, inner[k])
+        set_in(
+            domain,
+            scene,
+            canvas,
+            grow(inner[k], size * np.array([x, y]), size * d / 2),
+            SPECIES[labels[k]],
+            k + 1,
+            inner[k],
+        )
     boxes = [seen_box(canvas.owner, k + 1) for k in range(flowers)]
     seen = [k for k in range(flowers) if boxes[k] is not None]
-    return Bloom(take_picture(domain, lens, canvas), canvas.mask, np.array([boxes[k] for k in seen], np.float32).reshape(-1, 4),
-                 np.array([labels[k] for k in seen], np.int64), np.array([SPECIES[labels[k]].petals for k in seen], np.int64),
-                 np.array([spots[k][2] for k in seen], np.float32), domain, seed)
+    return Bloom(
+        take_picture(domain, lens, canvas),
+        canvas.mask,
+        np.array([boxes[k] for k in seen], np.float32).reshape(-1, 4),
+        np.array([labels[k] for k in seen], np.int64),
+        np.array([SPECIES[labels[k]].petals for k in seen], np.int64),
+        np.array([spots[k][2] for k in seen], np.float32),
+        domain,
+        seed,
+    )
 
 # %% ../../nbs/tools/blooms.ipynb #68c27c9c
 def picture_seed(seed: int, split: str, label: int, index: int) -> int:
-    "The seed of a picture of a written set: unique for every split (train or test), label and index below a million."
+    """The seed of a picture of a written set: unique for every split (train or test), label and index below a
+    million.
+    """
     return ((seed * 2 + ("train", "test").index(split)) * len(SPECIES) + label) * 10**6 + index
 
 # %% ../../nbs/tools/blooms.ipynb #964de5cb
 TRUTH = ("path", "species", "domain", "seed", "petals", "diameter", "x0", "y0", "x1", "y1")
 
 # %% ../../nbs/tools/blooms.ipynb #f52c0fe9
-def write_picture(folder: Path, split: str, label: int, index: int, seed: int, size: int, domain: str) -> tuple:
+def write_picture(
+    folder: Path, split: str, label: int, index: int, seed: int, size: int, domain: str
+) -> tuple:
     "Draw and save one picture of a set with this `seed`; returns its row of `truth.csv`."
     name, own = SPECIES[label].name, picture_seed(seed, split, label, index)
     bloom = draw_bloom(name, own, size, domain)
     path = f"{split}/{name}/{index:04d}.jpg"
     Image.fromarray(bloom.image).save(folder / path, quality=92)
-    return path, name, domain, own, SPECIES[label].petals, f"{bloom.diameters[0]:.4f}", *(int(v) for v in bloom.boxes[0])
+    return (
+        path,
+        name,
+        domain,
+        own,
+        SPECIES[label].petals,
+        f"{bloom.diameters[0]:.4f}",
+        *(int(v) for v in bloom.boxes[0]),
+    )
 
 # %% ../../nbs/tools/blooms.ipynb #62d93d44
 def write_blooms(
-    root: "str | Path",             # the folder to make; it must not exist yet
-    train_per_species: int = 150,   # pictures a class in root/train
-    test_per_species: int = 50,     # pictures a class in root/test
-    size: int = 192,                # pixels, 32 to 1024
-    domain: str = "garden",         # one of DOMAINS
-    seed: int = 0,                  # another seed, other pictures; training and test never share one
-    workers: int | None = None,     # processes; None: one a core, at most 8
+    root: "str | Path",  # the folder to make; it must not exist yet
+    train_per_species: int = 150,  # pictures a class in root/train
+    test_per_species: int = 50,  # pictures a class in root/test
+    size: int = 192,  # pixels, 32 to 1024
+    domain: str = "garden",  # one of DOMAINS
+    seed: int = 0,  # another seed, other pictures; training and test never share one
+    workers: int | None = None,  # processes; None: one a core, at most 8
     progress: Callable = progress,  # wraps the iterable of pictures, as tqdm does
 ) -> Path:
-    "Write an image folder `root/{train,test}/<species>/0000.jpg` with `root/truth.csv`. Returns root. ValueError, FileExistsError."
+    """Write an image folder `root/{train,test}/<species>/0000.jpg` with `root/truth.csv`. Returns root.
+    ValueError, FileExistsError.
+    """
     root = Path(root)
     check_choice("domain", domain, DOMAINS)
     check_range("size", size, 32, 1024), check_range("seed", seed, 0, 2**31)
-    counts = dict(train=check_range("train_per_species", train_per_species, 1, 10**6),
-                  test=check_range("test_per_species", test_per_species, 0, 10**6))
+    counts = dict(
+        train=check_range("train_per_species", train_per_species, 1, 10**6),
+        test=check_range("test_per_species", test_per_species, 0, 10**6),
+    )
     workers = check_range("workers", min(os.cpu_count() or 1, 8) if workers is None else workers, 1, 1024)
-    if root.exists(): raise FileExistsError(f"{root} already exists; write_blooms only makes new folders.")
-    jobs = [(split, label, k) for split, count in counts.items() for label in range(len(SPECIES)) for k in range(count)]
+    if root.exists():
+        raise FileExistsError(f"{root} already exists; write_blooms only makes new folders.")
+    jobs = [
+        (split, label, k)
+        for split, count in counts.items()
+        for label in range(len(SPECIES))
+        for k in range(count)
+    ]
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as temporary:
         folder = Path(temporary) / root.name
-        for split, label, _ in jobs: (folder / split / SPECIES[label].name).mkdir(parents=True, exist_ok=True)
-        rows = in_processes([partial(write_picture, folder, *job, seed, size, domain) for job in jobs], workers)
+        for split, label, _ in jobs:
+            (folder / split / SPECIES[label].name).mkdir(parents=True, exist_ok=True)
+        rows = in_processes(
+            [partial(write_picture, folder, *job, seed, size, domain) for job in jobs], workers
+        )
         rows = list(progress(rows, total=len(jobs), desc="draw blooms"))
-        with open(folder / "truth.csv", "w", newline="", encoding="utf-8") as file: csv.writer(file).writerows([TRUTH, *rows])
+        with open(folder / "truth.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([TRUTH, *rows])
         folder.rename(root)
     return root
 
@@ -669,19 +960,33 @@ def in_processes(calls: list[Callable], workers: int) -> Iterable:
         return
     from joblib import Parallel, delayed
     from joblib.externals.loky import get_reusable_executor
-    try: yield from Parallel(n_jobs=workers, return_as="generator")(delayed(call)() for call in calls)
-    finally: get_reusable_executor().shutdown(wait=True)  # idle, they would keep this process from ending for minutes
+
+    try:
+        yield from Parallel(n_jobs=workers, return_as="generator")(delayed(call)() for call in calls)
+    # idle, they would keep this process from ending for minutes
+    finally:
+        get_reusable_executor().shutdown(wait=True)
 
 # %% ../../nbs/tools/blooms.ipynb #97bf9591
 def blooms_folder(
     cache: "str | Path",  # the folder in which sets are kept
-    train_per_species: int = 150, test_per_species: int = 50, size: int = 192, domain: str = "garden", seed: int = 0,
-    workers: int | None = None, progress: Callable = progress,
+    train_per_species: int = 150,
+    test_per_species: int = 50,
+    size: int = 192,
+    domain: str = "garden",
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Callable = progress,
 ) -> Path:
     "The folder of a set with these options (see `write_blooms`), written if it is not there yet."
-    root = Path(cache) / f"blooms-v{VERSION}-{domain}-{size}px-{train_per_species}+{test_per_species}-seed{seed}"
-    if root.is_dir(): return root
-    try: return write_blooms(root, train_per_species, test_per_species, size, domain, seed, workers, progress)
+    root = (
+        Path(cache) / f"blooms-v{VERSION}-{domain}-{size}px-{train_per_species}+{test_per_species}-seed{seed}"
+    )
+    if root.is_dir():
+        return root
+    try:
+        return write_blooms(root, train_per_species, test_per_species, size, domain, seed, workers, progress)
     except OSError:
-        if root.is_dir(): return root   # another process was faster
+        if root.is_dir():
+            return root  # another process was faster
         raise

@@ -102,15 +102,27 @@ def _say(text: str) -> None:
     except OSError: pass
 
 # %% ../../nbs/tools/cli.ipynb #46ef492e
-_WRITTEN = ("model.safetensors", "history.csv", "report.html", "card.json", "last.ckpt", "tensorboard", ".lock")
+_WRITTEN = (
+    "model.safetensors",
+    "history.csv",
+    "report.html",
+    "card.json",
+    "last.ckpt",
+    "tensorboard",
+    ".lock",
+)
 
 def _holds(out: Path) -> str:
     "What lies at `out`: nothing, an unfinished run, a model, or something other that is not ours."
-    if not out.is_dir(): return "other" if os.path.lexists(out) else "nothing"
+    if not out.is_dir():
+        return "other" if os.path.lexists(out) else "nothing"
     there = {p.name for p in out.iterdir()}
-    if {"card.json", "model.safetensors"} <= there: return "model"
-    if not all(_ours(name) for name in there): return "other"
-    if "last.ckpt" in there: return "unfinished"
+    if {"card.json", "model.safetensors"} <= there:
+        return "model"
+    if not all(_ours(name) for name in there):
+        return "other"
+    if "last.ckpt" in there:
+        return "unfinished"
     half = {".lock", ".card.json.saving"} & there  # a run that was killed while it began, or while it saved
     return "nothing" if half or not there else "other"
 
@@ -122,8 +134,10 @@ def _ours(name: str) -> bool:
 def _place(out: Path, resume: bool = False) -> Path:
     "`out`, if a run may write there."
     held, other = _holds(out), "give another folder with --out."
-    if held == "other": raise SFTError(f"{out}: this exists and is no artifact; {other}")
-    if held == "model" and not resume: raise SFTError(f"{out}: a model lies there, and it is not replaced; {other}")
+    if held == "other":
+        raise SFTError(f"{out}: this exists and is no artifact; {other}")
+    if held == "model" and not resume:
+        raise SFTError(f"{out}: a model lies there, and it is not replaced; {other}")
     if held == "unfinished" and not resume:
         raise SFTError(f"{out}: an unfinished run lies there; go on with it by --resume, or {other}")
     if held == "nothing" and resume:

@@ -17,14 +17,20 @@ from .blooms import blooms_folder
 def open_dataset(settings: Settings) -> Path:
     """The folder that `settings.dataset` names.
 
-    Blooms are drawn on first use and found again after that; a public data set is downloaded. Raises `SFTError` where a
-    folder is not there.
+    Blooms are drawn on first use and found again after that; a public data set is downloaded. Raises
+    `SFTError` where a folder is not there.
     """
     if settings.dataset == "blooms":
-        return blooms_folder(settings.cache_dir / "blooms", train_per_species=settings.blooms_train,
-                             test_per_species=settings.blooms_test, domain=settings.blooms_domain)
-    if settings.dataset in PUBLIC: return _public(settings)
-    if not (folder := Path(settings.dataset)).exists(): raise settings.wrong("dataset", "there is no such folder")
+        return blooms_folder(
+            settings.cache_dir / "blooms",
+            train_per_species=settings.blooms_train,
+            test_per_species=settings.blooms_test,
+            domain=settings.blooms_domain,
+        )
+    if settings.dataset in PUBLIC:
+        return _public(settings)
+    if not (folder := Path(settings.dataset)).exists():
+        raise settings.wrong("dataset", "there is no such folder")
     return folder
 
 # %% ../../nbs/tools/datasets.ipynb #pd0list1
@@ -64,17 +70,20 @@ def _download(name: str, home: Path) -> None:
     "Download a public data set into `home`; its archives are deleted once they are unpacked."
     home.mkdir(parents=True, exist_ok=True)
     with _whole_folder(home / PUBLIC[name]) as temp:
-        for _ in _listed(name, temp, download=True): break
+        for _ in _listed(name, temp, download=True):
+            break
         made = temp / PUBLIC[name]
         for f in list(made.iterdir()):
-            if not f.name.endswith(("tgz", "tar.gz")): f.replace(temp / f.name)
+            if not f.name.endswith(("tgz", "tar.gz")):
+                f.replace(temp / f.name)
         shutil.rmtree(made)  # the archives that all of it came in
 
 def _arranged(name: str, home: Path) -> Path:
     "Arrange a downloaded data set as `part/class/images`, by hard links where the disk has them."
     with _whole_folder(home / "pictures") as temp:
         for part, label, file in _listed(name, home):
-            safe = "".join(c for c in label if c not in '?*:"<>|/')  # a folder may not have these in its name everywhere
+            # a folder may not have these in its name everywhere
+            safe = "".join(c for c in label if c not in '?*:"<>|/')
             folder = temp / part / safe
             folder.mkdir(parents=True, exist_ok=True)
             try:

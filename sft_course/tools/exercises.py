@@ -21,8 +21,11 @@ from .files import whole_file
 # %% ../../nbs/tools/exercises.ipynb #20264ec5
 @dataclass(frozen=True)
 class Exercise:
-    """`right(answer)` judges; `why` explains a right answer; `hint` helps with a wrong one, unless one of `mistakes`,
-    pairs of a test and its own hint, recognises it. `tempting`: wrong answers that must not pass."""
+    """`right(answer)` judges; `why` explains a right answer; `hint` helps with a wrong one, unless one of
+    `mistakes`, pairs of a test and its own hint, recognises it. `tempting`: wrong answers that must not
+    pass.
+    """
+
     right: Callable[[Any], bool]
     why: str
     hint: str
@@ -32,26 +35,36 @@ class Exercise:
 @dataclass(frozen=True)
 class Verdict:
     "What `check` says of an answer."
+
     passed: bool
     text: str
 
-    def __bool__(self) -> bool: return self.passed
-    def _repr_markdown_(self) -> str: return f"**{'Right' if self.passed else 'Not yet'}.** {self.text}"
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def _repr_markdown_(self) -> str:
+        return f"**{'Right' if self.passed else 'Not yet'}.** {self.text}"
 
 # %% ../../nbs/tools/exercises.ipynb #b4f6755f
 EXERCISES: dict[str, Exercise] = {}
 
 def check(name: str, answer: Any, remember: bool | None = None) -> Verdict:
-    """Judge an answer to exercise `name`, such as `00.1`. A function that raises is not yet right, and the verdict says what it raised.
+    """Judge an answer to exercise `name`, such as `00.1`. A function that raises is not yet right, and the
+    verdict says what it raised.
 
-    remember: for `progress`; by default unless this is a test."""
-    if name not in EXERCISES: raise SFTError(f"there is no exercise {name!r}; use one of {', '.join(EXERCISES)}.")
-    if answer is ...: return Verdict(False, "Put your answer in place of the `...`.")
+    remember: for `progress`; by default unless this is a test.
+    """
+    if name not in EXERCISES:
+        raise SFTError(f"there is no exercise {name!r}; use one of {', '.join(EXERCISES)}.")
+    if answer is ...:
+        return Verdict(False, "Put your answer in place of the `...`.")
     verdict = _judge(EXERCISES[name], answer)
-    if not _in_a_test() if remember is None else remember: _remember(name, verdict.passed)
+    if not _in_a_test() if remember is None else remember:
+        _remember(name, verdict.passed)
     return verdict
 
-def _in_a_test() -> bool: return any(os.environ.get(k) for k in ("SFT_STRICT", "PYTEST_CURRENT_TEST"))
+def _in_a_test() -> bool:
+    return any(os.environ.get(k) for k in ("SFT_STRICT", "PYTEST_CURRENT_TEST"))
 
 # %% ../../nbs/tools/exercises.ipynb #8878cc14
 def _judge(ex: Exercise, answer: Any) -> Verdict:
@@ -66,14 +79,27 @@ def _try(judge: Callable[[Any], bool], answer: Any) -> tuple[str, bool]:
     except Exception as e: return f"{type(e).__name__}: {e}", False
 
 # %% ../../nbs/tools/exercises.ipynb #362ea1ab
-def _notebook() -> Path: return load_settings().cache_dir / "progress.json"
+def _notebook() -> Path:
+    return load_settings().cache_dir / "progress.json"
 
 def _noted() -> dict[str, dict]:
-    "What is noted of each exercise: `tries`, and whether one of them was `right`. What is damaged counts as not noted."
-    try: found = json.loads(_notebook().read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
+    """What is noted of each exercise: `tries`, and whether one of them was `right`. What is damaged counts as
+    not noted.
+    """
+    try:
+        found = json.loads(_notebook().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
     sound = isinstance(found, dict) and isinstance(found.get("exercises"), dict)
-    return {k: v for k, v in found["exercises"].items() if isinstance(v, dict) and type(v.get("tries")) is int and type(v.get("right")) is bool} if sound else {}
+    return (
+        {
+            k: v
+            for k, v in found["exercises"].items()
+            if isinstance(v, dict) and type(v.get("tries")) is int and type(v.get("right")) is bool
+        }
+        if sound
+        else {}
+    )
 
 def _remember(name: str, right: bool) -> None:
     with suppress(Exception):  # a note is never worth a reader's verdict
@@ -81,23 +107,39 @@ def _remember(name: str, right: bool) -> None:
         was = noted.get(name, {"tries": 0, "right": False})
         noted[name] = {"tries": was["tries"] + 1, "right": was["right"] or right}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temp: temp.write_text(json.dumps({"exercises": noted}, indent=1), encoding="utf-8")
+        with whole_file(path) as temp:
+            temp.write_text(json.dumps({"exercises": noted}, indent=1), encoding="utf-8")
 
 # %% ../../nbs/tools/exercises.ipynb #9f89f216
 def progress():
     "DataFrame, a row a chapter: its exercises that were answered right, tried and not right yet, and open."
     import pandas as pd
-    noted, chapters = _noted(), sorted({n[:2] for n in EXERCISES})
-    def some(chapter, kind): return " ".join(n for n in sorted(EXERCISES) if n[:2] == chapter and _state(noted.get(n)) == kind)
-    return pd.DataFrame({kind: [some(c, kind) for c in chapters] for kind in ("right", "tried", "open")}, index=pd.Index(chapters, name="chapter"))
 
-def _state(note: dict | None) -> str: return "open" if note is None else "right" if note["right"] else "tried"
+    noted, chapters = _noted(), sorted({n[:2] for n in EXERCISES})
+
+    def some(chapter, kind):
+        return " ".join(n for n in sorted(EXERCISES) if n[:2] == chapter and _state(noted.get(n)) == kind)
+
+    return pd.DataFrame(
+        {kind: [some(c, kind) for c in chapters] for kind in ("right", "tried", "open")},
+        index=pd.Index(chapters, name="chapter"),
+    )
+
+def _state(note: dict | None) -> str:
+    return "open" if note is None else "right" if note["right"] else "tried"
 
 # %% ../../nbs/tools/exercises.ipynb #6f814deb
 def tiny_network() -> nn.Module:
-    "A body (one convolution and a batch norm) and a head of four classes: 10 state entries, 4 of them parameters of the body."
+    """A body (one convolution and a batch norm) and a head of four classes: 10 state entries, 4 of them
+    parameters of the body.
+    """
     net = nn.Sequential()
-    net.add_module("body", nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    net.add_module(
+        "body",
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        ),
+    )
     net.add_module("head", nn.Linear(8, 4))
     return net
 
@@ -107,25 +149,49 @@ def _trainable(net: nn.Module) -> list[str]:
 # %% ../../nbs/tools/exercises.ipynb #07c58fd1
 EXERCISES["00.1"] = Exercise(
     right=lambda a: a == 2,
-    why="A linear head is a matrix and a vector. The other 294 entries of lite0's `state_dict` keep every bit.",
+    why=(
+        "A linear head is a matrix and a vector. The other 294 entries of lite0's `state_dict` keep "
+        "every bit."
+    ),
     hint="Which tensors does a linear layer own? Nothing else may move.",
-    mistakes=((lambda a: a == 1, "A linear layer has a weight and one thing more."),
-              (lambda a: a in (294, 296), "That counts what stays (or everything). Count what moves.")),
-    tempting=(1, 294, 296))
+    mistakes=(
+        (lambda a: a == 1, "A linear layer has a weight and one thing more."),
+        (lambda a: a in (294, 296), "That counts what stays (or everything). Count what moves."),
+    ),
+    tempting=(1, 294, 296),
+)
 
 EXERCISES["00.2"] = Exercise(
     right=lambda a: dict(a) == {"A": "transfer", "B": "fine-tuning", "C": "pretraining", "D": "scratch"},
-    why="Ask what moves and what labels drive it. Only in B do pretrained weights move on the task's own labels.",
-    hint="For each one ask: do weights start from pretraining? Do those weights move? Do the labels of D' drive them?",
-    mistakes=((lambda a: dict(a).get("A") == "fine-tuning", "In A the backbone does not move. Its features are reused, not tuned."),
-              (lambda a: dict(a).get("C") == "fine-tuning", "C has no labels of D'. Training goes on as before, on other pictures.")),
-    tempting=({"A": "fine-tuning", "B": "fine-tuning", "C": "pretraining", "D": "scratch"},
-              {"A": "transfer", "B": "fine-tuning", "C": "fine-tuning", "D": "scratch"}))
+    why=(
+        "Ask what moves and what labels drive it. Only in B do pretrained weights move on the task's "
+        "own labels."
+    ),
+    hint=(
+        "For each one ask: do weights start from pretraining? Do those weights move? Do the labels of "
+        "D' drive them?"
+    ),
+    mistakes=(
+        (
+            lambda a: dict(a).get("A") == "fine-tuning",
+            "In A the backbone does not move. Its features are reused, not tuned.",
+        ),
+        (
+            lambda a: dict(a).get("C") == "fine-tuning",
+            "C has no labels of D'. Training goes on as before, on other pictures.",
+        ),
+    ),
+    tempting=(
+        {"A": "fine-tuning", "B": "fine-tuning", "C": "pretraining", "D": "scratch"},
+        {"A": "transfer", "B": "fine-tuning", "C": "fine-tuning", "D": "scratch"},
+    ),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #ae0cefb1
 def _share_is_right(share: Callable[[nn.Module], float]) -> bool:
     net = tiny_network()
-    for p in net.body.parameters(): p.requires_grad_(False)
+    for p in net.body.parameters():
+        p.requires_grad_(False)
     want = 36 / (36 + 3 * 8 * 9 + 8 + 16)
     return abs(share(net) - want) < 1e-6 and share(tiny_network()) == 1
 
@@ -133,12 +199,19 @@ EXERCISES["00.3"] = Exercise(
     right=_share_is_right,
     why="`numel` counts numbers, `requires_grad` says which of them a gradient reaches.",
     hint="Sum `p.numel()` over the parameters that require a gradient, and divide by the sum over all.",
-    mistakes=((lambda f: abs(f(_frozen_tiny()) - 2 / 6) < 1e-6, "That is the share of tensors. A matrix holds more numbers than a bias."),),
-    tempting=(lambda net: len(_trainable(net)) / len(list(net.parameters())), lambda net: 1.))
+    mistakes=(
+        (
+            lambda f: abs(f(_frozen_tiny()) - 2 / 6) < 1e-6,
+            "That is the share of tensors. A matrix holds more numbers than a bias.",
+        ),
+    ),
+    tempting=(lambda net: len(_trainable(net)) / len(list(net.parameters())), lambda net: 1.0),
+)
 
 def _frozen_tiny() -> nn.Module:
     net = tiny_network()
-    for p in net.body.parameters(): p.requires_grad_(False)
+    for p in net.body.parameters():
+        p.requires_grad_(False)
     return net
 
 # %% ../../nbs/tools/exercises.ipynb #fccf518c
@@ -147,16 +220,31 @@ def _freezes(freeze: Callable[[nn.Module], Any]) -> bool:
     freeze(net)
     return _trainable(net) == ["head.weight", "head.bias"]
 
-def _assigns_attribute(net: nn.Module) -> None: net.body.requires_grad = False
-def _freezes_all(net: nn.Module) -> None: net.requires_grad_(False)
+def _assigns_attribute(net: nn.Module) -> None:
+    net.body.requires_grad = False
+
+def _freezes_all(net: nn.Module) -> None:
+    net.requires_grad_(False)
 
 EXERCISES["00.4"] = Exercise(
     right=_freezes,
-    why="`requires_grad_` with its underscore walks over the parameters. Assigning `requires_grad` to a module only creates an attribute that nothing reads.",
-    hint="After your function, print the names of the parameters with `requires_grad`: `head.weight` and `head.bias` should be left.",
-    mistakes=((lambda f: _after(f) == _trainable(tiny_network()), "Nothing was frozen. A module has no `requires_grad`; its parameters do."),
-              (lambda f: _after(f) == [], "Now the head is frozen too.")),
-    tempting=(_assigns_attribute, _freezes_all))
+    why=(
+        "`requires_grad_` with its underscore walks over the parameters. Assigning `requires_grad` to "
+        "a module only creates an attribute that nothing reads."
+    ),
+    hint=(
+        "After your function, print the names of the parameters with `requires_grad`: `head.weight` "
+        "and `head.bias` should be left."
+    ),
+    mistakes=(
+        (
+            lambda f: _after(f) == _trainable(tiny_network()),
+            "Nothing was frozen. A module has no `requires_grad`; its parameters do.",
+        ),
+        (lambda f: _after(f) == [], "Now the head is frozen too."),
+    ),
+    tempting=(_assigns_attribute, _freezes_all),
+)
 
 def _after(freeze: Callable[[nn.Module], Any]) -> list[str]:
     net = tiny_network()
@@ -166,14 +254,24 @@ def _after(freeze: Callable[[nn.Module], Any]) -> list[str]:
 # %% ../../nbs/tools/exercises.ipynb #f145410a
 EXERCISES["01.1"] = Exercise(
     right=lambda a: list(a) == [20, 4, 1],
-    why="A tenth of 3 rounds to none, and a class that is not tested is a class of which nothing is known: at least one is drawn.",
+    why=(
+        "A tenth of 3 rounds to none, and a class that is not tested is a class of which nothing is "
+        "known: at least one is drawn."
+    ),
     hint="A tenth of each class by itself, rounded; then read the docstring of `hold_back` once more.",
-    mistakes=((lambda a: list(a) == [20, 4, 0], "Rounding leaves the manuls untested. At least one of each class is drawn."),
-              (lambda a: sum(a) == 24, "That is a tenth of all pictures. Each class is drawn from by itself.")),
-    tempting=([20, 4, 0], [20, 4, .3], [24, 0, 0]))
+    mistakes=(
+        (
+            lambda a: list(a) == [20, 4, 0],
+            "Rounding leaves the manuls untested. At least one of each class is drawn.",
+        ),
+        (lambda a: sum(a) == 24, "That is a tenth of all pictures. Each class is drawn from by itself."),
+    ),
+    tempting=([20, 4, 0], [20, 4, 0.3], [24, 0, 0]),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #0b41f304
-def _hash_bits(grey: np.ndarray) -> np.ndarray: return grey[:, 1:] > grey[:, :-1]
+def _hash_bits(grey: np.ndarray) -> np.ndarray:
+    return grey[:, 1:] > grey[:, :-1]
 
 def _mirrors(f: Callable) -> bool:
     grey = np.random.default_rng(0).random((8, 9))
@@ -185,12 +283,29 @@ def _gives(f: Callable, right: Callable) -> bool:
 
 EXERCISES["01.2"] = Exercise(
     right=_mirrors,
-    why="Each row is read backwards, and every comparison turns round: brighter to the right becomes brighter to the left.",
-    hint="Draw one row of three greys, write down its two bits, then mirror the row and write them down again.",
-    mistakes=((lambda f: _gives(f, lambda b: b[:, ::-1]), "The pairs are in the right places. But right of a cell is now left of it."),
-              (lambda f: _gives(f, lambda b: ~b), "Each comparison is turned round. Now put them in the mirrored places."),
-              (lambda f: _gives(f, lambda b: ~b[::-1]), "That turns the picture upside down. Mirroring reverses each row.")),
-    tempting=(lambda b: b[:, ::-1], lambda b: ~b, lambda b: ~b[::-1], lambda b: b))
+    why=(
+        "Each row is read backwards, and every comparison turns round: brighter to the right becomes "
+        "brighter to the left."
+    ),
+    hint=(
+        "Draw one row of three greys, write down its two bits, then mirror the row and write them down again."
+    ),
+    mistakes=(
+        (
+            lambda f: _gives(f, lambda b: b[:, ::-1]),
+            "The pairs are in the right places. But right of a cell is now left of it.",
+        ),
+        (
+            lambda f: _gives(f, lambda b: ~b),
+            "Each comparison is turned round. Now put them in the mirrored places.",
+        ),
+        (
+            lambda f: _gives(f, lambda b: ~b[::-1]),
+            "That turns the picture upside down. Mirroring reverses each row.",
+        ),
+    ),
+    tempting=(lambda b: b[:, ::-1], lambda b: ~b, lambda b: ~b[::-1], lambda b: b),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #a057acc3
 def _merges(f: Callable) -> bool:
@@ -201,28 +316,51 @@ def _merges(f: Callable) -> bool:
 
 def _pooled(a, b):
     n = a[0] + b[0]
-    return n, (a[0] * a[1] + b[0] * b[1]) / n, ((a[0] * a[2]**2 + b[0] * b[2]**2) / n)**.5
+    return n, (a[0] * a[1] + b[0] * b[1]) / n, ((a[0] * a[2] ** 2 + b[0] * b[2] ** 2) / n) ** 0.5
 
-def _halves(a, b): return a[0] + b[0], (a[1] + b[1]) / 2, (a[2] + b[2]) / 2
+def _halves(a, b):
+    return a[0] + b[0], (a[1] + b[1]) / 2, (a[2] + b[2]) / 2
 
 def _equal(f: Callable, g: Callable) -> bool:
-    a, b = (10, 1., 2.), (30, 5., 1.)
+    a, b = (10, 1.0, 2.0), (30, 5.0, 1.0)
     return np.allclose(f(a, b), g(a, b))
 
 EXERCISES["01.3"] = Exercise(
     right=_merges,
-    why="Counts, sums and sums of squares add; mean and std are computed from them at the end. So statistics can be taken in pieces, on several machines.",
+    why=(
+        "Counts, sums and sums of squares add; mean and std are computed from them at the end. So "
+        "statistics can be taken in pieces, on several machines."
+    ),
     hint="Get Σx = n·mean and Σx² = n·(std² + mean²) of each half, add them up, and turn back.",
-    mistakes=((lambda f: _equal(f, _pooled), "That averages the variances within the halves. The halves' means also lie apart, and that is variance too."),
-              (lambda f: _equal(f, _halves), "The halves may be of different size, and standard deviations do not average.")),
-    tempting=(_pooled, _halves))
+    mistakes=(
+        (
+            lambda f: _equal(f, _pooled),
+            (
+                "That averages the variances within the halves. The halves' means also lie apart, and "
+                "that is variance too."
+            ),
+        ),
+        (
+            lambda f: _equal(f, _halves),
+            "The halves may be of different size, and standard deviations do not average.",
+        ),
+    ),
+    tempting=(_pooled, _halves),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #65158576
 def _labels(f: Callable) -> bool:
     parts = {"val": {"bee": ["3"], "wasp": ["4"]}, "train": {"wasp": ["5"], "ant": ["1"], "bee": ["2"]}}
     found = f(parts)
-    index = {c: {y for part, folders in parts.items() for file, y in found[part] if file in folders.get(c, ())} for c in ("ant", "bee", "wasp")}
-    return all(len(i) == 1 for i in index.values()) and len(set().union(*index.values())) == 3 and sum(map(len, found.values())) == 5
+    index = {
+        c: {y for part, folders in parts.items() for file, y in found[part] if file in folders.get(c, ())}
+        for c in ("ant", "bee", "wasp")
+    }
+    return (
+        all(len(i) == 1 for i in index.values())
+        and len(set().union(*index.values())) == 3
+        and sum(map(len, found.values())) == 5
+    )
 
 def _per_part(parts):
     return {p: [(f, sorted(d).index(c)) for c in sorted(d) for f in d[c]] for p, d in parts.items()}
@@ -233,10 +371,19 @@ def _first_part(parts):
 
 EXERCISES["01.4"] = Exercise(
     right=_labels,
-    why="One list of classes, made once, from the training part, numbers them for all parts. The toy set had every class in every part, so it could not show the fault.",
+    why=(
+        "One list of classes, made once, from the training part, numbers them for all parts. The toy "
+        "set had every class in every part, so it could not show the fault."
+    ),
     hint="Give it a part that lacks the first class, and compare the numbers of the others.",
-    mistakes=((lambda f: _after_label(f) == {0}, "The bee is still 0 in `val`: the classes are still listed for each part by itself."),),
-    tempting=(_per_part, _first_part))
+    mistakes=(
+        (
+            lambda f: _after_label(f) == {0},
+            "The bee is still 0 in `val`: the classes are still listed for each part by itself.",
+        ),
+    ),
+    tempting=(_per_part, _first_part),
+)
 
 def _after_label(f: Callable) -> set:
     return {y for _, y in f({"train": {"ant": ["1"], "bee": ["2"]}, "val": {"bee": ["3"]}})["val"]}
@@ -244,29 +391,42 @@ def _after_label(f: Callable) -> set:
 # %% ../../nbs/tools/exercises.ipynb #3d426ccd
 class _Mobile(nn.Module):
     "A body and, after dropout, a head that is not called `fc`."
+
     def __init__(self, width: int = 8):
         super().__init__()
-        self.body, self.classifier = nn.Conv2d(3, width, 3), nn.Sequential(nn.Dropout(.2), nn.Linear(width, 1000))
+        self.body, self.classifier = (
+            nn.Conv2d(3, width, 3),
+            nn.Sequential(nn.Dropout(0.2), nn.Linear(width, 1000)),
+        )
 
-    def forward(self, x): return self.classifier(self.body(x).relu().mean((2, 3)))
+    def forward(self, x):
+        return self.classifier(self.body(x).relu().mean((2, 3)))
 
 class _Functional(nn.Module):
     "Applies ReLU and mean in `forward`, as DenseNet does: no child of its own stands for them."
+
     def __init__(self):
         super().__init__()
         self.body, self.last = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
 
-    def forward(self, x): return self.last(self.body(x).relu().mean((2, 3)))
+    def forward(self, x):
+        return self.last(self.body(x).relu().mean((2, 3)))
 
 # %% ../../nbs/tools/exercises.ipynb #158c878f
 EXERCISES["02.1"] = Exercise(
     right=lambda a: a == 7686,
-    why="6 × 1280 weights and 6 biases. The old head held 1,281,000 numbers; the new one is 167 times smaller.",
+    why=(
+        "6 × 1280 weights and 6 biases. The old head held 1,281,000 numbers; the new one is 167 times "
+        "smaller."
+    ),
     hint="A linear layer is a matrix of classes × features, and one number per class.",
-    mistakes=((lambda a: a == 7680, "That is the matrix. There is a bias too."),
-              (lambda a: a == 1_281_000, "That is the old head, of 1000 classes."),
-              (lambda a: a == 2, "That counts tensors. Count the numbers in them.")),
-    tempting=(7680, 1_281_000, 2))
+    mistakes=(
+        (lambda a: a == 7680, "That is the matrix. There is a bias too."),
+        (lambda a: a == 1_281_000, "That is the old head, of 1000 classes."),
+        (lambda a: a == 2, "That counts tensors. Count the numbers in them."),
+    ),
+    tempting=(7680, 1_281_000, 2),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #53c32e35
 def _replaces(replace: Callable[[nn.Module, int], Any]) -> bool:
@@ -274,8 +434,10 @@ def _replaces(replace: Callable[[nn.Module, int], Any]) -> bool:
         net = _Mobile(width)
         body = net.body.weight.clone()
         replace(net, 6)
-        if net(torch.zeros(2, 3, 8, 8)).shape != (2, 6) or not torch.equal(body, net.body.weight): return False
-        if not any(isinstance(m, nn.Dropout) for m in net.modules()) or hasattr(net, "fc"): return False
+        if net(torch.zeros(2, 3, 8, 8)).shape != (2, 6) or not torch.equal(body, net.body.weight):
+            return False
+        if not any(isinstance(m, nn.Dropout) for m in net.modules()) or hasattr(net, "fc"):
+            return False
     return True
 
 def _after_replacing(replace: Callable[[nn.Module, int], Any]) -> nn.Module:
@@ -283,36 +445,86 @@ def _after_replacing(replace: Callable[[nn.Module, int], Any]) -> nn.Module:
     return net
 
 # %% ../../nbs/tools/exercises.ipynb #b3ed1416
-def _adds_fc(net, classes): net.fc = nn.Linear(8, classes)
-def _sets_out_features(net, classes): net.classifier[-1].out_features = classes
-def _drops_dropout(net, classes): net.classifier = nn.Linear(net.classifier[-1].in_features, classes)
-def _types_width(net, classes): net.classifier[-1] = nn.Linear(8, classes)
+def _adds_fc(net, classes):
+    net.fc = nn.Linear(8, classes)
+
+def _sets_out_features(net, classes):
+    net.classifier[-1].out_features = classes
+
+def _drops_dropout(net, classes):
+    net.classifier = nn.Linear(net.classifier[-1].in_features, classes)
+
+def _types_width(net, classes):
+    net.classifier[-1] = nn.Linear(8, classes)
 
 EXERCISES["02.2"] = Exercise(
     right=_replaces,
-    why="Python lets you assign any attribute to a module. Only what `forward` calls takes part; so look at the output's shape after replacing a head.",
+    why=(
+        "Python lets you assign any attribute to a module. Only what `forward` calls takes part; so "
+        "look at the output's shape after replacing a head."
+    ),
     hint="Replace the layer that `forward` reaches, and take its width from the old one.",
-    mistakes=((lambda f: hasattr(_after_replacing(f), "fc"), "`forward` never calls `fc`. The head is the last entry of `classifier`."),
-              (lambda f: _after_replacing(f)(torch.zeros(1, 3, 8, 8)).shape == (1, 1000), "The output still has 1000 numbers. `out_features` is a note on the layer; the matrix is what counts."),
-              (lambda f: not any(isinstance(m, nn.Dropout) for m in _after_replacing(f).modules()), "The dropout is gone. Replace only the last entry."),
-              (lambda f: _after_replacing(f)(torch.zeros(1, 3, 8, 8)).shape == (1, 6), "That works for a body of 8 channels only. Ask the old layer for its `in_features`.")),
-    tempting=(_adds_fc, _sets_out_features, _drops_dropout, _types_width))
+    mistakes=(
+        (
+            lambda f: hasattr(_after_replacing(f), "fc"),
+            "`forward` never calls `fc`. The head is the last entry of `classifier`.",
+        ),
+        (
+            lambda f: _after_replacing(f)(torch.zeros(1, 3, 8, 8)).shape == (1, 1000),
+            (
+                "The output still has 1000 numbers. `out_features` is a note on the layer; the matrix "
+                "is what counts."
+            ),
+        ),
+        (
+            lambda f: not any(isinstance(m, nn.Dropout) for m in _after_replacing(f).modules()),
+            "The dropout is gone. Replace only the last entry.",
+        ),
+        (
+            lambda f: _after_replacing(f)(torch.zeros(1, 3, 8, 8)).shape == (1, 6),
+            "That works for a body of 8 channels only. Ask the old layer for its `in_features`.",
+        ),
+    ),
+    tempting=(_adds_fc, _sets_out_features, _drops_dropout, _types_width),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #87b1cc9a
 def _std_is_right(f: Callable[[float, int, float], float]) -> bool:
-    return all(abs(f(n, k, e) - (2 * e / (1 - 1 / k)) ** .5 / n) < 1e-6 for n, k, e in ((50., 6, .05), (1., 2, .1), (20., 100, .01)))
+    return all(
+        abs(f(n, k, e) - (2 * e / (1 - 1 / k)) ** 0.5 / n) < 1e-6
+        for n, k, e in ((50.0, 6, 0.05), (1.0, 2, 0.1), (20.0, 100, 0.01))
+    )
 
 EXERCISES["02.3"] = Exercise(
     right=_std_is_right,
-    why="The scale that is harmless depends on the length of the features, so one number does not serve all backbones.",
+    why=(
+        "The scale that is harmless depends on the length of the features, so one number does not "
+        "serve all backbones."
+    ),
     hint="Solve excess = ½ (std · norm)² (1 − 1/K) for std.",
-    mistakes=((lambda f: abs(f(50., 6, .05) - 2 * .05 / (1 - 1 / 6) / 50) < 1e-6 or abs(f(50., 6, .05) - 2 * .05 / (1 - 1 / 6) / 50 ** 2) < 1e-6,
-               "The formula holds the square of the standard deviation. Take the root."),
-              (lambda f: abs(f(50., 6, .05) - (.1 / (1 - 1 / 6)) ** .5) < 1e-6, "That is the standard deviation of the logits. Divide by the length of the features."),
-              (lambda f: abs(f(50., 6, .05) - .1 ** .5 / 50) < 1e-6, "Nearly: with two classes, half of the noise cancels. Keep the factor 1 − 1/K.")),
-    tempting=(lambda norm, classes, excess: 2 * excess / (1 - 1 / classes) / norm ** 2,
-              lambda norm, classes, excess: (2 * excess / (1 - 1 / classes)) ** .5,
-              lambda norm, classes, excess: (2 * excess) ** .5 / norm))
+    mistakes=(
+        (
+            lambda f: (
+                abs(f(50.0, 6, 0.05) - 2 * 0.05 / (1 - 1 / 6) / 50) < 1e-6
+                or abs(f(50.0, 6, 0.05) - 2 * 0.05 / (1 - 1 / 6) / 50**2) < 1e-6
+            ),
+            "The formula holds the square of the standard deviation. Take the root.",
+        ),
+        (
+            lambda f: abs(f(50.0, 6, 0.05) - (0.1 / (1 - 1 / 6)) ** 0.5) < 1e-6,
+            "That is the standard deviation of the logits. Divide by the length of the features.",
+        ),
+        (
+            lambda f: abs(f(50.0, 6, 0.05) - 0.1**0.5 / 50) < 1e-6,
+            "Nearly: with two classes, half of the noise cancels. Keep the factor 1 − 1/K.",
+        ),
+    ),
+    tempting=(
+        lambda norm, classes, excess: 2 * excess / (1 - 1 / classes) / norm**2,
+        lambda norm, classes, excess: (2 * excess / (1 - 1 / classes)) ** 0.5,
+        lambda norm, classes, excess: (2 * excess) ** 0.5 / norm,
+    ),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #d63f1d1a
 def _gives_features(f: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> bool:
@@ -334,7 +546,9 @@ def _leaves_its_hook(net, x):
 def _logits(net, x): return net(x)
 
 # %% ../../nbs/tools/exercises.ipynb #4cd953c6
-def _features_of_tiny(f: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+def _features_of_tiny(
+    f: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     net, x = _Functional().eval(), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     return net, x, f(net, x)
 
@@ -348,29 +562,53 @@ def _missed_relu(f) -> bool:
 
 EXERCISES["02.4"] = Exercise(
     right=_gives_features,
-    why="A hook sees what the head is really given, whatever `forward` does on the way. A chain of children sees only what is a child.",
+    why=(
+        "A hook sees what the head is really given, whatever `forward` does on the way. A chain of "
+        "children sees only what is a child."
+    ),
     hint="Listen at the last child with a forward pre-hook, run the network, take the hook away.",
-    mistakes=((_left_a_hook, "The hook is still there: every later forward pass would call it. Use the handle's `remove`."),
-              (_missed_relu, "Pooled, but without the ReLU that `forward` applies. Do not rebuild `forward`; listen to it."),
-              (lambda f: _features_of_tiny(f)[2].dim() == 4, "Those are maps. What `forward` does after the last convolution is missing."),
-              (lambda f: _features_of_tiny(f)[2].shape == (2, 4), "Those are the logits, after the head.")),
-    tempting=(_chains, _chains_and_pools, _leaves_its_hook, _logits))
+    mistakes=(
+        (
+            _left_a_hook,
+            "The hook is still there: every later forward pass would call it. Use the handle's `remove`.",
+        ),
+        (
+            _missed_relu,
+            "Pooled, but without the ReLU that `forward` applies. Do not rebuild `forward`; listen to it.",
+        ),
+        (
+            lambda f: _features_of_tiny(f)[2].dim() == 4,
+            "Those are maps. What `forward` does after the last convolution is missing.",
+        ),
+        (lambda f: _features_of_tiny(f)[2].shape == (2, 4), "Those are the logits, after the head."),
+    ),
+    tempting=(_chains, _chains_and_pools, _leaves_its_hook, _logits),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #846c7d09
 EXERCISES["03.1"] = Exercise(
     right=lambda a: abs(float(a) - 1.791759) < 2e-3,
-    why="−log(1/6) = log 6, about 1.79 nats. A new head whose first loss is far above that starts with logits that are too large.",
+    why=(
+        "−log(1/6) = log 6, about 1.79 nats. A new head whose first loss is far above that starts with "
+        "logits that are too large."
+    ),
     hint="The loss is −log of the probability that the label gets.",
-    mistakes=((lambda a: abs(float(a) - 1 / 6) < 1e-3, "That is the probability. The loss is minus its logarithm."),
-              (lambda a: abs(float(a) - 2.585) < 1e-2, "That is in bits. Nats have the natural logarithm."),
-              (lambda a: float(a) < 0, "Mind the sign: probabilities have negative logarithms, and the loss turns them round.")),
-    tempting=(1 / 6, 2.584963, -1.791759, 0.))
+    mistakes=(
+        (lambda a: abs(float(a) - 1 / 6) < 1e-3, "That is the probability. The loss is minus its logarithm."),
+        (lambda a: abs(float(a) - 2.585) < 1e-2, "That is in bits. Nats have the natural logarithm."),
+        (
+            lambda a: float(a) < 0,
+            "Mind the sign: probabilities have negative logarithms, and the loss turns them round.",
+        ),
+    ),
+    tempting=(1 / 6, 2.584963, -1.791759, 0.0),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #278673c6
 def _logits_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Logits (7, 5), some of them ±1000, labels, and what torch says is the gradient of their mean loss."
     logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(3))
-    logits[0, 0], logits[1, 1], labels = 1000., -1000., torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    logits[0, 0], logits[1, 1], labels = 1000.0, -1000.0, torch.tensor([0, 1, 2, 3, 4, 0, 1])
     z = logits.clone().requires_grad_()
     return logits, labels, torch.autograd.grad(nn.functional.cross_entropy(z, labels), z)[0]
 
@@ -378,125 +616,242 @@ def _same_gradient(f: Callable, factor: float) -> bool:
     logits, labels, want = _logits_case()
     return torch.allclose(f(logits, labels), factor * want, atol=1e-6)
 
-def _gradient(z, y): return z.softmax(1) - nn.functional.one_hot(y, z.shape[1])
-def _gradient_upward(z, y): return -_gradient(z, y) / len(z)
-def _gradient_naive(z, y): return (z.exp() / z.exp().sum(1, keepdim=True) - nn.functional.one_hot(y, z.shape[1])) / len(z)
+def _gradient(z, y):
+    return z.softmax(1) - nn.functional.one_hot(y, z.shape[1])
+
+def _gradient_upward(z, y):
+    return -_gradient(z, y) / len(z)
+
+def _gradient_naive(z, y):
+    return (z.exp() / z.exp().sum(1, keepdim=True) - nn.functional.one_hot(y, z.shape[1])) / len(z)
 
 # %% ../../nbs/tools/exercises.ipynb #b66740f1
 EXERCISES["03.2"] = Exercise(
     right=lambda f: _same_gradient(f, 1),
-    why="p − y for each picture, divided by n because the loss is a mean. Autograd gives the same, at logits of ±1000 too.",
+    why=(
+        "p − y for each picture, divided by n because the loss is a mean. Autograd gives the same, at "
+        "logits of ±1000 too."
+    ),
     hint="Compare with `torch.autograd.grad(F.cross_entropy(z, labels), z)` on a small random z.",
-    mistakes=((lambda f: _same_gradient(f, 7), "That is the gradient of the sum. The mean divides by the number of pictures."),
-              (lambda f: _same_gradient(f, -1), "The sign is turned round: this points downhill. The gradient is p − y."),
-              (lambda f: f(*_logits_case()[:2]).isnan().any(), "Right for small logits, NaN at 1000. Use a softmax that subtracts the largest logit.")),
-    tempting=(_gradient, _gradient_upward, _gradient_naive))
+    mistakes=(
+        (
+            lambda f: _same_gradient(f, 7),
+            "That is the gradient of the sum. The mean divides by the number of pictures.",
+        ),
+        (
+            lambda f: _same_gradient(f, -1),
+            "The sign is turned round: this points downhill. The gradient is p − y.",
+        ),
+        (
+            lambda f: f(*_logits_case()[:2]).isnan().any(),
+            "Right for small logits, NaN at 1000. Use a softmax that subtracts the largest logit.",
+        ),
+    ),
+    tempting=(_gradient, _gradient_upward, _gradient_naive),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #98a88523
 def _is_cross_entropy(f: Callable) -> bool:
     logits, labels, _ = _logits_case()
     return torch.isclose(f(logits, labels), nn.functional.cross_entropy(logits, labels)).item()
 
-def _softmax_twice(z, y): return nn.functional.cross_entropy(z.softmax(1), y)
-def _log_of_softmax(z, y): return nn.functional.nll_loss(z.softmax(1).log(), y)
-def _nll_of_softmax(z, y): return nn.functional.nll_loss(z.softmax(1), y)
+def _softmax_twice(z, y):
+    return nn.functional.cross_entropy(z.softmax(1), y)
+
+def _log_of_softmax(z, y):
+    return nn.functional.nll_loss(z.softmax(1).log(), y)
+
+def _nll_of_softmax(z, y):
+    return nn.functional.nll_loss(z.softmax(1), y)
 
 EXERCISES["03.3"] = Exercise(
     right=_is_cross_entropy,
-    why="`F.cross_entropy` takes logits and holds the softmax itself. A second one squeezes all logits into 0 … 1, and the best loss is then log(1 + 5/e).",
+    why=(
+        "`F.cross_entropy` takes logits and holds the softmax itself. A second one squeezes all logits "
+        "into 0 … 1, and the best loss is then log(1 + 5/e)."
+    ),
     hint="Give `F.cross_entropy` what it expects, and nothing else.",
-    mistakes=((lambda f: f(torch.eye(6) * 1000., torch.arange(6)) > 1, "There is still a softmax too many."),
-              (lambda f: f(torch.eye(6) * 3., torch.arange(6)) < 0, "`nll_loss` expects logarithms of probabilities."),
-              (lambda f: f(*_logits_case()[:2]).isinf(), "Right on paper. A probability that is rounded to 0 makes this loss infinite; log-softmax does not.")),
-    tempting=(_softmax_twice, _log_of_softmax, _nll_of_softmax))
+    mistakes=(
+        (lambda f: f(torch.eye(6) * 1000.0, torch.arange(6)) > 1, "There is still a softmax too many."),
+        (
+            lambda f: f(torch.eye(6) * 3.0, torch.arange(6)) < 0,
+            "`nll_loss` expects logarithms of probabilities.",
+        ),
+        (
+            lambda f: f(*_logits_case()[:2]).isinf(),
+            (
+                "Right on paper. A probability that is rounded to 0 makes this loss infinite; "
+                "log-softmax does not."
+            ),
+        ),
+    ),
+    tempting=(_softmax_twice, _log_of_softmax, _nll_of_softmax),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #ef169919
 def _is_squared_error(f: Callable) -> bool:
-    x, t = torch.tensor([[1.], [2.], [4.]]), torch.tensor([1., 3., 3.])
+    x, t = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1.0, 3.0, 3.0])
     return abs(float(f(x, t)) - 2 / 3) < 1e-6 and float(f(t[:, None], t)) == 0
 
-def _every_pair(x, t): return (x - t).square().mean()
-def _mean_first(x, t): return (x.mean() - t).square().mean()
-def _wrong_axis(x, t): return (x - t[None]).square().mean()
-def _summed(x, t): return (x.flatten() - t).square().sum()
+def _every_pair(x, t):
+    return (x - t).square().mean()
+
+def _mean_first(x, t):
+    return (x.mean() - t).square().mean()
+
+def _wrong_axis(x, t):
+    return (x - t[None]).square().mean()
+
+def _summed(x, t):
+    return (x.flatten() - t).square().sum()
 
 EXERCISES["03.4"] = Exercise(
     right=_is_squared_error,
-    why="(n, 1) less (n,) broadcasts to (n, n): every prediction against every target. One shape for both ends it.",
+    why=(
+        "(n, 1) less (n,) broadcasts to (n, n): every prediction against every target. One shape for "
+        "both ends it."
+    ),
     hint="Make both (n,) or both (n, 1) before you subtract.",
-    mistakes=((lambda f: float(f(torch.tensor([[1.], [2.]]), torch.tensor([1., 2.]))) > 0, "An exact prediction still costs something: every prediction meets every target."),
-              (lambda f: float(f(torch.tensor([[1.], [2.], [4.]]), torch.tensor([1., 3., 3.]))) > 1, "The shapes are right. Take the mean over pictures, not the sum.")),
-    tempting=(_every_pair, _mean_first, _wrong_axis, _summed))
+    mistakes=(
+        (
+            lambda f: float(f(torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 2.0]))) > 0,
+            "An exact prediction still costs something: every prediction meets every target.",
+        ),
+        (
+            lambda f: float(f(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1.0, 3.0, 3.0]))) > 1,
+            "The shapes are right. Take the mean over pictures, not the sum.",
+        ),
+    ),
+    tempting=(_every_pair, _mean_first, _wrong_axis, _summed),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #bd4141b0
 def _adjusts(f: Callable) -> bool:
-    evidence, shares = torch.tensor([[.2, .5, .3], [.6, .1, .3]]), torch.tensor([.9, .09, .01])
+    evidence, shares = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3]]), torch.tensor([0.9, 0.09, 0.01])
     want = evidence / evidence.sum(1, keepdim=True)
     return torch.allclose(f((evidence * shares).log(), shares).softmax(1), want, atol=1e-5)
 
-def _adds(z, s): return z + s.log()
-def _divides(z, s): return z / s
-def _subtracts(z, s): return z - s
+def _adds(z, s):
+    return z + s.log()
+
+def _divides(z, s):
+    return z / s
+
+def _subtracts(z, s):
+    return z - s
 
 EXERCISES["03.5"] = Exercise(
     right=_adjusts,
-    why="Logits are logarithms, so dividing the probabilities by the old shares is subtracting their logarithms. Softmax puts the sum back to one.",
+    why=(
+        "Logits are logarithms, so dividing the probabilities by the old shares is subtracting their "
+        "logarithms. Softmax puts the sum back to one."
+    ),
     hint="Probabilities must be divided by `shares`. What does that do to logits?",
-    mistakes=((lambda f: torch.allclose(f(torch.zeros(1, 2), torch.tensor([.9, .1])), torch.tensor([[.9, .1]]).log()), "That makes common classes more common still. Take the shares out."),
-              (lambda f: torch.allclose(f(torch.ones(1, 2), torch.tensor([.5, .25])), torch.tensor([[2., 4.]])), "Logits are not probabilities. Dividing belongs to those."),
-              (lambda f: torch.allclose(f(torch.ones(1, 2), torch.tensor([.5, .25])), torch.tensor([[.5, .75]])), "Logits are logarithms. Subtract the logarithms of the shares.")),
-    tempting=(_adds, _divides, _subtracts))
+    mistakes=(
+        (
+            lambda f: torch.allclose(
+                f(torch.zeros(1, 2), torch.tensor([0.9, 0.1])), torch.tensor([[0.9, 0.1]]).log()
+            ),
+            "That makes common classes more common still. Take the shares out.",
+        ),
+        (
+            lambda f: torch.allclose(
+                f(torch.ones(1, 2), torch.tensor([0.5, 0.25])), torch.tensor([[2.0, 4.0]])
+            ),
+            "Logits are not probabilities. Dividing belongs to those.",
+        ),
+        (
+            lambda f: torch.allclose(
+                f(torch.ones(1, 2), torch.tensor([0.5, 0.25])), torch.tensor([[0.5, 0.75]])
+            ),
+            "Logits are logarithms. Subtract the logarithms of the shares.",
+        ),
+    ),
+    tempting=(_adds, _divides, _subtracts),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #777bfe85
-def _near(a: Any, b: float) -> bool: return abs(float(a) - b) < 5e-3
+def _near(a: Any, b: float) -> bool:
+    return abs(float(a) - b) < 5e-3
 
 EXERCISES["04.1"] = Exercise(
     right=lambda a: _near(a, 48 / 70),
-    why="48 of 70 pictures are right, 0.686. The mean of the three batch accuracies, 0.5, would count each picture of the last batch more than five times.",
+    why=(
+        "48 of 70 pictures are right, 0.686. The mean of the three batch accuracies, 0.5, would count "
+        "each picture of the last batch more than five times."
+    ),
     hint="Add up what is right and what there is, and divide once.",
-    mistakes=((lambda a: _near(a, .5), "That is the mean of the batch accuracies 0.75, 0.75 and 0. The last batch has 6 pictures, not 32."),
-              (lambda a: _near(a, .75), "That leaves out the last batch. Its six pictures count too."),
-              (lambda a: _near(a, 48 / 96), "The last batch is not full.")),
-    tempting=(.5, .75))
+    mistakes=(
+        (
+            lambda a: _near(a, 0.5),
+            (
+                "That is the mean of the batch accuracies 0.75, 0.75 and 0. The last batch has 6 "
+                "pictures, not 32."
+            ),
+        ),
+        (lambda a: _near(a, 0.75), "That leaves out the last batch. Its six pictures count too."),
+        (lambda a: _near(a, 48 / 96), "The last batch is not full."),
+    ),
+    tempting=(0.5, 0.75),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #1b30eaba
 def _momentum_trace(step: Callable) -> torch.Tensor:
     "Weights after three steps with gradients 1, 1, −2 and a velocity that starts at zero."
     p, v = torch.ones(2), torch.zeros(2)
-    for g in (1., 1., -2.): p, v = step(p, torch.full((2,), g), v, .1, .9)
+    for g in (1.0, 1.0, -2.0):
+        p, v = step(p, torch.full((2,), g), v, 0.1, 0.9)
     return p
 
 def _torch_trace() -> torch.Tensor:
     p = nn.Parameter(torch.ones(2))
-    sgd = torch.optim.SGD([p], lr=.1, momentum=.9)
-    for g in (1., 1., -2.):
+    sgd = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    for g in (1.0, 1.0, -2.0):
         p.grad = torch.full((2,), g)
         sgd.step()
     return p.detach()
 
-def _is_trace(like: Callable) -> Callable[[Any], bool]: return lambda f: torch.allclose(_momentum_trace(f), _momentum_trace(like), atol=1e-6)
+def _is_trace(like: Callable) -> Callable[[Any], bool]:
+    return lambda f: torch.allclose(_momentum_trace(f), _momentum_trace(like), atol=1e-6)
 
 # %% ../../nbs/tools/exercises.ipynb #0b3de555
-def _weighted(p, g, v, lr, mu): return p - lr * (mu * v + (1 - mu) * g), mu * v + (1 - mu) * g
-def _old_velocity(p, g, v, lr, mu): return p - lr * v, mu * v + g
-def _no_momentum(p, g, v, lr, mu): return p - lr * g, v
+def _weighted(p, g, v, lr, mu):
+    return p - lr * (mu * v + (1 - mu) * g), mu * v + (1 - mu) * g
+
+def _old_velocity(p, g, v, lr, mu):
+    return p - lr * v, mu * v + g
+
+def _no_momentum(p, g, v, lr, mu):
+    return p - lr * g, v
 
 EXERCISES["04.2"] = Exercise(
     right=lambda f: torch.allclose(_momentum_trace(f), _torch_trace(), atol=1e-6),
     why="The velocity adds gradients up, so a steady gradient is worth 1/(1 − mu) steps of plain SGD.",
     hint="`v = mu * v + g`, then step by `lr * v`; return both.",
-    mistakes=((_is_trace(_weighted), "That is an average of gradients, as in Adam. torch's momentum adds the whole gradient."),
-              (_is_trace(_old_velocity), "You stepped along the old velocity. Update it first."),
-              (_is_trace(_no_momentum), "That is plain SGD: the velocity is not used.")),
-    tempting=(_weighted, _old_velocity, _no_momentum))
+    mistakes=(
+        (
+            _is_trace(_weighted),
+            "That is an average of gradients, as in Adam. torch's momentum adds the whole gradient.",
+        ),
+        (_is_trace(_old_velocity), "You stepped along the old velocity. Update it first."),
+        (_is_trace(_no_momentum), "That is plain SGD: the velocity is not used."),
+    ),
+    tempting=(_weighted, _old_velocity, _no_momentum),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #e88ee701
 def _kept(keep_best: Callable) -> float:
-    "Weight that `keep_best` returns for a network that gains 1 an epoch and is judged 0.5, 0.9, 0.3: should be 2."
-    net, scores = nn.Linear(1, 1, bias=False), iter((.5, .9, .3))
-    with torch.no_grad(): net.weight.zero_()
+    """Weight that `keep_best` returns for a network that gains 1 an epoch and is judged 0.5, 0.9, 0.3: should
+    be 2.
+    """
+    net, scores = nn.Linear(1, 1, bias=False), iter((0.5, 0.9, 0.3))
+    with torch.no_grad():
+        net.weight.zero_()
+
     def one(net):
-        with torch.no_grad(): net.weight += 1
+        with torch.no_grad():
+            net.weight += 1
+
     return keep_best(net, one, lambda net: next(scores), 3)["weight"].item()
 
 # %% ../../nbs/tools/exercises.ipynb #dec73107
@@ -521,98 +876,187 @@ def _keeps_first(net, train_one, judge, n):
 # %% ../../nbs/tools/exercises.ipynb #1e81c721
 EXERCISES["04.3"] = Exercise(
     right=lambda f: _kept(f) == 2,
-    why="Cloned tensors stay as they are. `copy.deepcopy(net.state_dict())` does as well; `dict(...)` and `.copy()` do not.",
+    why=(
+        "Cloned tensors stay as they are. `copy.deepcopy(net.state_dict())` does as well; `dict(...)` "
+        "and `.copy()` do not."
+    ),
     hint="Take a copy of each tensor at the moment it is best.",
-    mistakes=((lambda f: _kept(f) == 3, "Still the last weights: the dictionary holds the tensors that training goes on changing. Copy the tensors, not the dictionary."),
-              (lambda f: _kept(f) == 1, "Those are the first epoch's weights; the second was better.")),
-    tempting=(_keeps_reference, _keeps_shallow, _keeps_first))
+    mistakes=(
+        (
+            lambda f: _kept(f) == 3,
+            (
+                "Still the last weights: the dictionary holds the tensors that training goes on "
+                "changing. Copy the tensors, not the dictionary."
+            ),
+        ),
+        (lambda f: _kept(f) == 1, "Those are the first epoch's weights; the second was better."),
+    ),
+    tempting=(_keeps_reference, _keeps_shallow, _keeps_first),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #3a7924c6
 def _accumulated(accumulate: Callable, size: int = 4) -> tuple[float, float]:
-    "Relative error of the gradient for 10 pictures in micro-batches of `size`, and its length relative to the true one."
+    """Relative error of the gradient for 10 pictures in micro-batches of `size`, and its length relative to
+    the true one.
+    """
     g = torch.Generator().manual_seed(0)
     x, y, net = torch.randn(10, 5, generator=g), torch.arange(10) % 3, nn.Linear(5, 3)
-    with torch.no_grad(): net.weight.copy_(torch.randn(3, 5, generator=g)); net.bias.zero_()
-    true, = torch.autograd.grad(F.cross_entropy(net(x), y), net.weight)
+    with torch.no_grad():
+        net.weight.copy_(torch.randn(3, 5, generator=g))
+        net.bias.zero_()
+    (true,) = torch.autograd.grad(F.cross_entropy(net(x), y), net.weight)
     accumulate(net, x, y, size)
-    return ((net.weight.grad - true).norm() / true.norm()).item(), (net.weight.grad.norm() / true.norm()).item()
+    return ((net.weight.grad - true).norm() / true.norm()).item(), (
+        net.weight.grad.norm() / true.norm()
+    ).item()
 
 # %% ../../nbs/tools/exercises.ipynb #b6573837
 def _by_count(net, x, y, size):
     parts = list(zip(x.split(size), y.split(size)))
-    for a, b in parts: (F.cross_entropy(net(a), b) / len(parts)).backward()
+    for a, b in parts:
+        (F.cross_entropy(net(a), b) / len(parts)).backward()
 
 def _undivided(net, x, y, size):
-    for a, b in zip(x.split(size), y.split(size)): F.cross_entropy(net(a), b).backward()
+    for a, b in zip(x.split(size), y.split(size)):
+        F.cross_entropy(net(a), b).backward()
 
 def _by_size(net, x, y, size):
-    for a, b in zip(x.split(size), y.split(size)): (F.cross_entropy(net(a), b, reduction="sum") / size).backward()
+    for a, b in zip(x.split(size), y.split(size)):
+        (F.cross_entropy(net(a), b, reduction="sum") / size).backward()
 
 # %% ../../nbs/tools/exercises.ipynb #8a2e2ab2
 EXERCISES["04.4"] = Exercise(
     right=lambda f: all(_accumulated(f, s)[0] < 1e-5 for s in (1, 3, 4, 7, 10)),
-    why="Each micro-batch counts by its size, so the sum of the parts is the gradient of the whole batch. Reported for Hugging Face's trainer in October 2024, where the parts were texts of unequal length.",
-    hint="Each micro-batch's mean must be weighed by its share of the pictures; or sum the losses and divide by the number of all pictures.",
-    mistakes=((lambda f: abs(_accumulated(f)[0] - _accumulated(_by_count)[0]) < 1e-6, "Every micro-batch still weighs the same. The last one is smaller."),
-              (lambda f: _accumulated(f)[1] > 1.5, "The gradient is too long: it is a sum of means, or a sum over pictures, that nothing divides by the number of pictures.")),
-    tempting=(_by_count, _undivided, _by_size))
+    why=(
+        "Each micro-batch counts by its size, so the sum of the parts is the gradient of the whole "
+        "batch. Reported for Hugging Face's trainer in October 2024, where the parts were texts of "
+        "unequal length."
+    ),
+    hint=(
+        "Each micro-batch's mean must be weighed by its share of the pictures; or sum the losses and "
+        "divide by the number of all pictures."
+    ),
+    mistakes=(
+        (
+            lambda f: abs(_accumulated(f)[0] - _accumulated(_by_count)[0]) < 1e-6,
+            "Every micro-batch still weighs the same. The last one is smaller.",
+        ),
+        (
+            lambda f: _accumulated(f)[1] > 1.5,
+            (
+                "The gradient is too long: it is a sum of means, or a sum over pictures, that nothing "
+                "divides by the number of pictures."
+            ),
+        ),
+    ),
+    tempting=(_by_count, _undivided, _by_size),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #a04135e1
 EXERCISES["05.1"] = Exercise(
     right=lambda a: a == 149,
-    why="Each batch norm moves its running mean, its running variance and its count of batches: 3 × 49, and the head's two.",
+    why=(
+        "Each batch norm moves its running mean, its running variance and its count of batches: 3 × "
+        "49, and the head's two."
+    ),
     hint="Count the entries that a gradient moves, and those that a forward pass in training mode moves.",
-    mistakes=((lambda a: a == 2, "So one hopes. The batch norms are in training mode, and update their averages in the forward pass."),
-              (lambda a: a == 100, "Each batch norm also counts its batches, in `num_batches_tracked`."),
-              (lambda a: a == 147, "And the head?"),
-              (lambda a: a == 51, "A batch norm keeps more than one thing.")),
-    tempting=(2, 100, 147, 51))
+    mistakes=(
+        (
+            lambda a: a == 2,
+            (
+                "So one hopes. The batch norms are in training mode, and update their averages in the "
+                "forward pass."
+            ),
+        ),
+        (lambda a: a == 100, "Each batch norm also counts its batches, in `num_batches_tracked`."),
+        (lambda a: a == 147, "And the head?"),
+        (lambda a: a == 51, "A batch norm keeps more than one thing."),
+    ),
+    tempting=(2, 100, 147, 51),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #4e9cbaf1
 def _folds_well(f: Callable) -> bool:
     g = torch.Generator().manual_seed(0)
-    W, b, x, norm = torch.randn(3, 4, generator=g), torch.randn(3, generator=g), torch.randn(5, 4, generator=g), nn.BatchNorm1d(3, eps=.1).eval()
+    W, b, x, norm = (
+        torch.randn(3, 4, generator=g),
+        torch.randn(3, generator=g),
+        torch.randn(5, 4, generator=g),
+        nn.BatchNorm1d(3, eps=0.1).eval(),
+    )
     with torch.no_grad():
-        for t in (norm.running_mean, norm.weight, norm.bias): t.copy_(torch.randn(3, generator=g))
+        for t in (norm.running_mean, norm.weight, norm.bias):
+            t.copy_(torch.randn(3, generator=g))
         norm.running_var.copy_(torch.rand(3, generator=g))
         return torch.allclose(F.linear(x, *f(W, b, norm)), norm(F.linear(x, W, b)), atol=1e-5)
 
-def _scale(norm, eps): return norm.weight / (norm.running_var + eps).sqrt()
-def _keeps_bias(W, b, norm): return W * _scale(norm, norm.eps)[:, None], b - _scale(norm, norm.eps) * norm.running_mean + norm.bias
-def _no_eps(W, b, norm): return W * _scale(norm, 0)[:, None], _scale(norm, 0) * (b - norm.running_mean) + norm.bias
-def _no_root(W, b, norm): return W * (a := norm.weight / (norm.running_var + norm.eps))[:, None], a * (b - norm.running_mean) + norm.bias
-def _by_column(W, b, norm): return W * _scale(norm, norm.eps), _scale(norm, norm.eps) * (b - norm.running_mean) + norm.bias
+def _scale(norm, eps):
+    return norm.weight / (norm.running_var + eps).sqrt()
+
+def _keeps_bias(W, b, norm):
+    return W * _scale(norm, norm.eps)[:, None], b - _scale(norm, norm.eps) * norm.running_mean + norm.bias
+
+def _no_eps(W, b, norm):
+    return W * _scale(norm, 0)[:, None], _scale(norm, 0) * (b - norm.running_mean) + norm.bias
+
+def _no_root(W, b, norm):
+    return W * (a := norm.weight / (norm.running_var + norm.eps))[:, None], a * (
+        b - norm.running_mean
+    ) + norm.bias
+
+def _by_column(W, b, norm):
+    return W * _scale(norm, norm.eps), _scale(norm, norm.eps) * (b - norm.running_mean) + norm.bias
 
 # %% ../../nbs/tools/exercises.ipynb #f42829e4
 def _folds_like(like: Callable) -> Callable[[Any], bool]:
     def same(f):
         g = torch.Generator().manual_seed(1)
-        norm, W, b = nn.BatchNorm1d(3, eps=.1).eval(), torch.randn(3, 4, generator=g), torch.randn(3, generator=g)
-        norm.running_mean.fill_(.5), norm.running_var.fill_(.3)
+        norm, W, b = (
+            nn.BatchNorm1d(3, eps=0.1).eval(),
+            torch.randn(3, 4, generator=g),
+            torch.randn(3, generator=g),
+        )
+        norm.running_mean.fill_(0.5), norm.running_var.fill_(0.3)
         return all(torch.allclose(x, z, atol=1e-5) for x, z in zip(f(W, b, norm), like(W, b, norm)))
+
     return same
 
 EXERCISES["05.2"] = Exercise(
     right=_folds_well,
     why="The norm is a·x + d, so it scales every row of W, and the bias too, before it adds its own.",
-    hint="a = norm.weight / sqrt(norm.running_var + norm.eps); the weight becomes a·W by rows, the bias a·(b − running_mean) + norm.bias.",
-    mistakes=((_folds_like(_keeps_bias), "The layer's own bias passes through the norm as well: it is scaled by a."),
-              (_folds_like(_no_eps), "`norm.eps` is missing under the root."),
-              (_folds_like(_no_root), "Divide by the standard deviation, the root of the variance.")),
-    tempting=(_keeps_bias, _no_eps, _no_root, _by_column))
+    hint=(
+        "a = norm.weight / sqrt(norm.running_var + norm.eps); the weight becomes a·W by rows, the bias "
+        "a·(b − running_mean) + norm.bias."
+    ),
+    mistakes=(
+        (
+            _folds_like(_keeps_bias),
+            "The layer's own bias passes through the norm as well: it is scaled by a.",
+        ),
+        (_folds_like(_no_eps), "`norm.eps` is missing under the root."),
+        (_folds_like(_no_root), "Divide by the standard deviation, the root of the variance."),
+    ),
+    tempting=(_keeps_bias, _no_eps, _no_root, _by_column),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #c99f237c
 def _asleep(train_head: Callable, epochs: int = 3) -> str:
-    "What is wrong after training a head for some epochs: nothing, `averages`, `head asleep`, `gradients` or `epochs`."
+    """What is wrong after training a head for some epochs: nothing, `averages`, `head asleep`, `gradients` or
+    `epochs`.
+    """
     net, modes, x = tiny_network(), [], torch.rand(8, 3, 9, 9, generator=torch.Generator().manual_seed(0))
-    net.head = nn.Sequential(nn.Dropout(.5), net.head)
+    net.head = nn.Sequential(nn.Dropout(0.5), net.head)
     before = {k: v.clone() for k, v in net.state_dict().items()}
+
     def step(net):
         modes.append((net.head[0].training, any(p.requires_grad for p in net.body.parameters())))
         net(x)
+
     train_head(net, step, epochs)
-    if any(not torch.equal(before[k], v) for k, v in net.state_dict().items()): return "averages"
-    if not all(awake for awake, _ in modes): return "head asleep"
+    if any(not torch.equal(before[k], v) for k, v in net.state_dict().items()):
+        return "averages"
+    if not all(awake for awake, _ in modes):
+        return "head asleep"
     return "gradients" if any(g for _, g in modes) else "" if len(modes) == epochs else "epochs"
 
 # %% ../../nbs/tools/exercises.ipynb #2c375449
@@ -635,13 +1079,25 @@ def _once(net, step, epochs):
 # %% ../../nbs/tools/exercises.ipynb #0ea604d1
 EXERCISES["05.3"] = Exercise(
     right=lambda f: _asleep(f) == "",
-    why="`train()` wakes every module below it, so the body has to be put to sleep after it, in each epoch. PyTorch's transfer-learning loops call it once an epoch.",
+    why=(
+        "`train()` wakes every module below it, so the body has to be put to sleep after it, in each "
+        "epoch. PyTorch's transfer-learning loops call it once an epoch."
+    ),
     hint="The body sleeps, the head is awake, and neither forgets it from one epoch to the next.",
-    mistakes=((lambda f: _asleep(f) == "averages", "The body is still awake when `step` runs: what comes last counts."),
-              (lambda f: _asleep(f) == "head asleep", "Now the head sleeps as well, and its dropout with it."),
-              (lambda f: _asleep(f) == "gradients", "The averages stay, but the body's parameters still get gradients."),
-              (lambda f: _asleep(f) == "epochs", "It has to train for all the epochs.")),
-    tempting=(_woken, _all_asleep, _without_freezing, _once))
+    mistakes=(
+        (
+            lambda f: _asleep(f) == "averages",
+            "The body is still awake when `step` runs: what comes last counts.",
+        ),
+        (lambda f: _asleep(f) == "head asleep", "Now the head sleeps as well, and its dropout with it."),
+        (
+            lambda f: _asleep(f) == "gradients",
+            "The averages stay, but the body's parameters still get gradients.",
+        ),
+        (lambda f: _asleep(f) == "epochs", "It has to train for all the epochs."),
+    ),
+    tempting=(_woken, _all_asleep, _without_freezing, _once),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #9efd49b3
 def _after_freezing(freeze_body: Callable) -> tuple[bool, bool]:
@@ -681,12 +1137,19 @@ def _nothing_trains(net, optimizer):
 # %% ../../nbs/tools/exercises.ipynb #3aa39217
 EXERCISES["05.4"] = Exercise(
     right=lambda f: _after_freezing(f) == (True, True),
-    why="An optimiser passes over parameters whose gradient is None; a gradient of zero is a gradient, and momentum and decay act on it. "
-        "A new optimiser with the head's parameters alone does as well.",
+    why="An optimiser passes over parameters whose gradient is None; a gradient of zero is a gradient, "
+    "and momentum and decay act on it. "
+    "A new optimiser with the head's parameters alone does as well.",
     hint="For the optimiser a gradient of zero is not the same as none.",
-    mistakes=((lambda f: _after_freezing(f) == (True, False), "Now the head stands still too."),
-              (lambda f: _after_freezing(f) == (False, True), "The optimiser still finds a gradient for the body, if only zero, and its momentum carries on.")),
-    tempting=(_still_known, _asleep_only, _zeroed, _nothing_trains))
+    mistakes=(
+        (lambda f: _after_freezing(f) == (True, False), "Now the head stands still too."),
+        (
+            lambda f: _after_freezing(f) == (False, True),
+            "The optimiser still finds a gradient for the body, if only zero, and its momentum carries on.",
+        ),
+    ),
+    tempting=(_still_known, _asleep_only, _zeroed, _nothing_trains),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #920962cc
 def _dealt(f: Callable, n: int = 31, views: int = 3, k: int = 4) -> tuple[bool, bool]:
@@ -703,69 +1166,125 @@ def _by_view(n, views, k, seed=0): return np.arange(n * views) // n % k
 # %% ../../nbs/tools/exercises.ipynb #6e94d07c
 EXERCISES["05.5"] = Exercise(
     right=lambda f: _dealt(f) == (True, True),
-    why="A picture is held back only if none of its views was trained on. The same holds for crops of one slide, frames of one film, pictures of one patient.",
+    why=(
+        "A picture is held back only if none of its views was trained on. The same holds for crops of "
+        "one slide, frames of one film, pictures of one patient."
+    ),
     hint="Deal the pictures, not the rows; then give each row its picture's fold.",
-    mistakes=((lambda f: _dealt(f) == (True, False), "The views stay together. But the folds should hold equally many pictures."),
-              (lambda f: np.array_equal(f(11, 2, 3), _repeated(11, 2, 3)), "`np.repeat` puts the views of a picture beside each other. Here view 1 of all pictures comes after view 0 of all."),
-              (lambda f: not _dealt(f)[0], "Some picture still has its views in two folds.")),
-    tempting=(_by_row, _repeated, _one_fold, _by_view))
+    mistakes=(
+        (
+            lambda f: _dealt(f) == (True, False),
+            "The views stay together. But the folds should hold equally many pictures.",
+        ),
+        (
+            lambda f: np.array_equal(f(11, 2, 3), _repeated(11, 2, 3)),
+            (
+                "`np.repeat` puts the views of a picture beside each other. Here view 1 of all "
+                "pictures comes after view 0 of all."
+            ),
+        ),
+        (lambda f: not _dealt(f)[0], "Some picture still has its views in two folds."),
+    ),
+    tempting=(_by_row, _repeated, _one_fold, _by_view),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #cc700577
-def _close(a: Any, b: float) -> bool: return abs(float(a) / b - 1) < 1e-2
+def _close(a: Any, b: float) -> bool:
+    return abs(float(a) / b - 1) < 1e-2
 
 EXERCISES["06.1"] = Exercise(
-    right=lambda a: _close(a, .001 * .5**9),
-    why="Nine steps down, each halves the rate: a five-hundredth of the head's, 0.000002. The first stage hardly moves.",
+    right=lambda a: _close(a, 0.001 * 0.5**9),
+    why=(
+        "Nine steps down, each halves the rate: a five-hundredth of the head's, 0.000002. The first "
+        "stage hardly moves."
+    ),
     hint="The head has the full rate; count the steps from the tenth stage to the first.",
-    mistakes=((lambda a: _close(a, .001 * .5**10), "One step too many: the head itself is not decayed."),
-              (lambda a: _close(a, .001), "That is the rate of the head."),
-              (lambda a: _close(a, .001 * .5 / 9) or _close(a, .001 / 9) or _close(a, .0005), "The factor applies again at each stage: a power.")),
-    tempting=(.001 * .5**10, .001, .0005))
+    mistakes=(
+        (lambda a: _close(a, 0.001 * 0.5**10), "One step too many: the head itself is not decayed."),
+        (lambda a: _close(a, 0.001), "That is the rate of the head."),
+        (
+            lambda a: _close(a, 0.001 * 0.5 / 9) or _close(a, 0.001 / 9) or _close(a, 0.0005),
+            "The factor applies again at each stage: a power.",
+        ),
+    ),
+    tempting=(0.001 * 0.5**10, 0.001, 0.0005),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #512076c1
 def _scaled_steps(obey: Callable) -> dict[str, float]:
-    "How far each of three parameters goes in a step of SGD, without a default rate, on a gradient of ones; scales 1, 0.5, 0.1."
+    """How far each of three parameters goes in a step of SGD, without a default rate, on a gradient of ones;
+    scales 1, 0.5, 0.1.
+    """
     weights = {k: nn.Parameter(torch.ones(2)) for k in ("head", "middle", "bottom")}
-    groups = [{"params": [p], "lr_scale": s} for p, s in zip(weights.values(), (1., .5, .1))]
+    groups = [{"params": [p], "lr_scale": s} for p, s in zip(weights.values(), (1.0, 0.5, 0.1))]
     was = [dict(g) for g in groups]
-    sgd = torch.optim.SGD(obey(groups, .2), lr=1.)
-    for p in weights.values(): p.grad = torch.ones(2)
+    sgd = torch.optim.SGD(obey(groups, 0.2), lr=1.0)
+    for p in weights.values():
+        p.grad = torch.ones(2)
     sgd.step()
     changed = any(g.keys() != w.keys() for g, w in zip(groups, was))
     return {k: round(1 - p[0].item(), 4) for k, p in weights.items()} | {"changed": float(changed)}
 
 # %% ../../nbs/tools/exercises.ipynb #10850b29
-def _as_they_came(groups, lr): return [dict(g) for g in groups]
-def _one_rate(groups, lr): return [dict(g, lr=lr) for g in groups]
-def _factor_as_rate(groups, lr): return [dict(g, lr=g["lr_scale"]) for g in groups]
+def _as_they_came(groups, lr):
+    return [dict(g) for g in groups]
+
+def _one_rate(groups, lr):
+    return [dict(g, lr=lr) for g in groups]
+
+def _factor_as_rate(groups, lr):
+    return [dict(g, lr=g["lr_scale"]) for g in groups]
+
 def _in_place(groups, lr):
-    for g in groups: g["lr"] = lr * g["lr_scale"]
+    for g in groups:
+        g["lr"] = lr * g["lr_scale"]
     return groups
 
 EXERCISES["06.2"] = Exercise(
-    right=lambda f: _scaled_steps(f) == {"head": .2, "middle": .1, "bottom": .02, "changed": 0.},
-    why="`lr` is the key that a step reads. `lr_scale` may stay: an optimiser carries keys that it does not know, which is why nothing warned.",
+    right=lambda f: _scaled_steps(f) == {"head": 0.2, "middle": 0.1, "bottom": 0.02, "changed": 0.0},
+    why=(
+        "`lr` is the key that a step reads. `lr_scale` may stay: an optimiser carries keys that it "
+        "does not know, which is why nothing warned."
+    ),
     hint="Return copies of the groups that also say `lr`, the rate times the factor.",
-    mistakes=((lambda f: _scaled_steps(f)["changed"] == 1, "The rates are there, but the list that came in was changed. Copy each group."),
-              (lambda f: _scaled_steps(f)["bottom"] == 1, "No group says `lr`, so each takes the optimiser's default."),
-              (lambda f: _scaled_steps(f)["bottom"] == .2, "All groups have one rate now. Where is the factor?"),
-              (lambda f: _scaled_steps(f)["head"] == 1, "That is the factor itself. Multiply it by the rate.")),
-    tempting=(_as_they_came, _one_rate, _factor_as_rate, _in_place))
+    mistakes=(
+        (
+            lambda f: _scaled_steps(f)["changed"] == 1,
+            "The rates are there, but the list that came in was changed. Copy each group.",
+        ),
+        (
+            lambda f: _scaled_steps(f)["bottom"] == 1,
+            "No group says `lr`, so each takes the optimiser's default.",
+        ),
+        (lambda f: _scaled_steps(f)["bottom"] == 0.2, "All groups have one rate now. Where is the factor?"),
+        (lambda f: _scaled_steps(f)["head"] == 1, "That is the factor itself. Multiply it by the rate."),
+    ),
+    tempting=(_as_they_came, _one_rate, _factor_as_rate, _in_place),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #61e3239e
 def _two_phases_moved(run: Callable) -> tuple[bool, bool, bool, int]:
-    "Whether the body moved in phase one, in phase two, the head in both; and the most groups a parameter was in."
+    """Whether the body moved in phase one, in phase two, the head in both; and the most groups a parameter
+    was in.
+    """
     net, log, held = tiny_network(), [], []
+
     def train_step(net, optimizer):
         was = {k: p.detach().clone() for k, p in net.named_parameters()}
         optimizer.zero_grad()
-        net(torch.arange(2 * 3 * 6 * 6.).view(2, 3, 6, 6).sin()).square().sum().backward()
+        net(torch.arange(2 * 3 * 6 * 6.0).view(2, 3, 6, 6).sin()).square().sum().backward()
         optimizer.step()
         moved = {k.split(".")[0] for k, p in net.named_parameters() if not torch.equal(p, was[k])}
         counts = [sum(p is q for g in optimizer.param_groups for q in g["params"]) for p in net.parameters()]
         log.append(moved), held.append(max(counts))
+
     run(net, train_step, (2, 2))
-    return any("body" in m for m in log[:2]), all("body" in m for m in log[2:]) and len(log) == 4, all("head" in m for m in log), max(held)
+    return (
+        any("body" in m for m in log[:2]),
+        all("body" in m for m in log[2:]) and len(log) == 4,
+        all("head" in m for m in log),
+        max(held),
+    )
 
 # %% ../../nbs/tools/exercises.ipynb #44a515a0
 def _filters_early(net, train_step, steps):
@@ -790,17 +1309,25 @@ def _body_alone(net, train_step, steps):
 # %% ../../nbs/tools/exercises.ipynb #21512bb2
 EXERCISES["06.3"] = Exercise(
     right=lambda f: _two_phases_moved(f) == (False, True, True, 1),
-    why="An optimiser trains what it was given. `requires_grad_(True)` later makes gradients that nobody uses. Add a group, make a new "
-        "optimiser, or give it everything at the start: parameters without a gradient are passed over.",
+    why="An optimiser trains what it was given. `requires_grad_(True)` later makes gradients that "
+    "nobody uses. Add a group, make a new "
+    "optimiser, or give it everything at the start: parameters without a gradient are passed over.",
     hint="When the body is unfrozen, tell the optimiser: `add_param_group`, or a new optimiser over both.",
-    mistakes=((lambda f: _two_phases_moved(f)[0], "Now the body trains in the first phase too."),
-              (lambda f: not _two_phases_moved(f)[1], "The body still does not move in the second phase: the optimiser does not hold it."),
-              (lambda f: not _two_phases_moved(f)[2], "The head has to train in both phases.")),
-    tempting=(_filters_early, _never_freezes, _body_alone))
+    mistakes=(
+        (lambda f: _two_phases_moved(f)[0], "Now the body trains in the first phase too."),
+        (
+            lambda f: not _two_phases_moved(f)[1],
+            "The body still does not move in the second phase: the optimiser does not hold it.",
+        ),
+        (lambda f: not _two_phases_moved(f)[2], "The head has to train in both phases."),
+    ),
+    tempting=(_filters_early, _never_freezes, _body_alone),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #f2180c4a
 class _Noted(nn.Module):
     "Passes its input on, and notes whether it ran in training mode."
+
     def __init__(self):
         super().__init__()
         self.seen = []
@@ -810,13 +1337,19 @@ class _Noted(nn.Module):
         return x
 
 def _sleeping(run: Callable) -> tuple[bool, bool, int]:
-    "Whether the body kept every entry of its state, whether the head trained in training mode throughout, and the epochs."
+    """Whether the body kept every entry of its state, whether the head trained in training mode throughout,
+    and the epochs.
+    """
     net = tiny_network()
     note = _Noted()
     net.head = nn.Sequential(note, net.head)
     was = {k: v.clone() for k, v in net.body.state_dict().items()}
     run(net, lambda net: net(torch.randn(4, 3, 6, 6)), lambda net: net.eval(), 3)
-    return all(torch.equal(v, was[k]) for k, v in net.body.state_dict().items()), all(note.seen), len(note.seen)
+    return (
+        all(torch.equal(v, was[k]) for k, v in net.body.state_dict().items()),
+        all(note.seen),
+        len(note.seen),
+    )
 
 # %% ../../nbs/tools/exercises.ipynb #06dde2c6
 def _wakes(net, one_epoch, evaluate, n):
@@ -845,51 +1378,102 @@ def _train_once(net, one_epoch, evaluate, n):
 # %% ../../nbs/tools/exercises.ipynb #cccc61eb
 EXERCISES["06.4"] = Exercise(
     right=lambda f: _sleeping(f) == (True, True, 3),
-    why="`train()` walks over all modules, so the body has to be put to sleep after it, each time. `training_mode` does that for any stage.",
+    why=(
+        "`train()` walks over all modules, so the body has to be put to sleep after it, each time. "
+        "`training_mode` does that for any stage."
+    ),
     hint="Put the network into training mode, then the body out of it, at the start of each epoch.",
-    mistakes=((lambda f: not _sleeping(f)[0], "The body's batch norm still counts: `net.train()` woke it after you put it to sleep."),
-              (lambda f: not _sleeping(f)[1], "The body is still now, but so is the head in some epochs: its dropout would be off.")),
-    tempting=(_wakes, _all_asleep_06, _train_once))
+    mistakes=(
+        (
+            lambda f: not _sleeping(f)[0],
+            "The body's batch norm still counts: `net.train()` woke it after you put it to sleep.",
+        ),
+        (
+            lambda f: not _sleeping(f)[1],
+            "The body is still now, but so is the head in some epochs: its dropout would be off.",
+        ),
+    ),
+    tempting=(_wakes, _all_asleep_06, _train_once),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #7a1d1459
-def _rate_is(a: Any, b: float) -> bool: return abs(float(a) - b) < .01 * b
+def _rate_is(a: Any, b: float) -> bool:
+    return abs(float(a) - b) < 0.01 * b
 
 EXERCISES["07.1"] = Exercise(
-    right=lambda a: _rate_is(a, 3e-4 * .5 * (1 + 2**-.5)),
-    why="The first 20 steps are the rise; step 40 is 20 of the remaining 80, a quarter of the way down: (1 + cos(π/4))/2 = 0.854 of the peak.",
+    right=lambda a: _rate_is(a, 3e-4 * 0.5 * (1 + 2**-0.5)),
+    why=(
+        "The first 20 steps are the rise; step 40 is 20 of the remaining 80, a quarter of the way "
+        "down: (1 + cos(π/4))/2 = 0.854 of the peak."
+    ),
     hint="How many steps does the cosine have, and at which of its own steps is it?",
-    mistakes=((lambda a: _rate_is(a, 3e-4 * .5 * (1 + np.cos(.4 * np.pi))), "The cosine does not begin at step 0. The rise comes first."),
-              (lambda a: _rate_is(a, 3e-4 * .75), "That is a straight line. A cosine stays high for longer."),
-              (lambda a: _rate_is(a, .5 * (1 + 2**-.5)), "That is the factor. The rate is the factor times the peak rate.")),
-    tempting=(3e-4 * .5 * (1 + np.cos(.4 * np.pi)), 3e-4 * .75, .5 * (1 + 2**-.5)))
+    mistakes=(
+        (
+            lambda a: _rate_is(a, 3e-4 * 0.5 * (1 + np.cos(0.4 * np.pi))),
+            "The cosine does not begin at step 0. The rise comes first.",
+        ),
+        (lambda a: _rate_is(a, 3e-4 * 0.75), "That is a straight line. A cosine stays high for longer."),
+        (
+            lambda a: _rate_is(a, 0.5 * (1 + 2**-0.5)),
+            "That is the factor. The rate is the factor times the peak rate.",
+        ),
+    ),
+    tempting=(3e-4 * 0.5 * (1 + np.cos(0.4 * np.pi)), 3e-4 * 0.75, 0.5 * (1 + 2**-0.5)),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #b603e1a9
-def _inverse_root(step, rise): return min((step + 1) / rise, (rise / (step + 1))**.5)
-def _from_zero(step, rise): return min(step / rise, (rise / max(step, 1))**.5)
-def _no_rise(step, rise): return (rise / (step + 1))**.5
-def _no_root_07(step, rise): return min((step + 1) / rise, rise / (step + 1))
+def _inverse_root(step, rise):
+    return min((step + 1) / rise, (rise / (step + 1)) ** 0.5)
+
+def _from_zero(step, rise):
+    return min(step / rise, (rise / max(step, 1)) ** 0.5)
+
+def _no_rise(step, rise):
+    return (rise / (step + 1)) ** 0.5
+
+def _no_root_07(step, rise):
+    return min((step + 1) / rise, rise / (step + 1))
 
 def _is_schedule(f: Callable, like: Callable) -> bool:
     return all(abs(f(t, r) - like(t, r)) < 1e-9 for r in (1, 4, 100) for t in (0, 1, 3, 4, 50, 399, 10_000))
 
 EXERCISES["07.2"] = Exercise(
     right=lambda f: _is_schedule(f, _inverse_root),
-    why="It needs no number of steps, so training can go on for as long as one likes; the price is that it never ends at a low rate.",
-    hint="Two curves, and the smaller of both: a line that reaches 1 at step rise − 1, and a root that starts from there.",
-    mistakes=((lambda f: _is_schedule(f, _from_zero), "Your first step has the rate 0: it computes a gradient and throws it away."),
-              (lambda f: _is_schedule(f, _no_rise), "There is no rise: the factor is above 1 at the start. Take the smaller of the two."),
-              (lambda f: _is_schedule(f, _no_root_07), "The fall is by the square root of the step.")),
-    tempting=(_from_zero, _no_rise, _no_root_07))
+    why=(
+        "It needs no number of steps, so training can go on for as long as one likes; the price is "
+        "that it never ends at a low rate."
+    ),
+    hint=(
+        "Two curves, and the smaller of both: a line that reaches 1 at step rise − 1, and a root that "
+        "starts from there."
+    ),
+    mistakes=(
+        (
+            lambda f: _is_schedule(f, _from_zero),
+            "Your first step has the rate 0: it computes a gradient and throws it away.",
+        ),
+        (
+            lambda f: _is_schedule(f, _no_rise),
+            "There is no rise: the factor is above 1 at the start. Take the smaller of the two.",
+        ),
+        (lambda f: _is_schedule(f, _no_root_07), "The fall is by the square root of the step."),
+    ),
+    tempting=(_from_zero, _no_rise, _no_root_07),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #baa8a116
 def _joined(run: Callable) -> list[list[float]]:
-    "Rates of every step of `run(layers, steps, rate)`, where layer k joins at step 4 k of 12, each at the rate 0.1."
+    """Rates of every step of `run(layers, steps, rate)`, where layer k joins at step 4 k of 12, each at the
+    rate 0.1.
+    """
     layers = [nn.Linear(1, 1) for _ in range(3)]
     return [list(r) for r in run(layers, 12, lambda t: 1 - t / 12)]
 
-def _wanted_rates() -> list[list[float]]: return [[.1 * (1 - t / 12)] * (1 + t // 4) for t in range(12)]
+def _wanted_rates() -> list[list[float]]:
+    return [[0.1 * (1 - t / 12)] * (1 + t // 4) for t in range(12)]
 
-def _rates_equal(a, b) -> bool: return len(a) == len(b) and all(np.shape(x) == np.shape(y) and np.allclose(x, y) for x, y in zip(a, b))
+def _rates_equal(a, b) -> bool:
+    return len(a) == len(b) and all(np.shape(x) == np.shape(y) and np.allclose(x, y) for x, y in zip(a, b))
 
 # %% ../../nbs/tools/exercises.ipynb #55ca0f61
 def _first_group_only(layers, steps, rate):
@@ -922,33 +1506,63 @@ def _starts_over(layers, steps, rate):
 # %% ../../nbs/tools/exercises.ipynb #7138b032
 EXERCISES["07.3"] = Exercise(
     right=lambda f: _rates_equal(_joined(f), _wanted_rates()),
-    why="Every group that is there at a step gets its own base times the factor of that step. Reported for the trainers of Hugging Face and Lightning, where unfrozen layers kept their full rate to the end.",
+    why=(
+        "Every group that is there at a step gets its own base times the factor of that step. Reported "
+        "for the trainers of Hugging Face and Lightning, where unfrozen layers kept their full rate to "
+        "the end."
+    ),
     hint="Where does the list of base rates come from, and when? Keep each group's base in the group.",
-    mistakes=((lambda f: _rates_equal(_joined(f), _joined(_first_group_only)), "The new groups still have the rate 0.1 at every step: `zip` ends with the shorter list."),
-              (lambda f: _rates_equal(_joined(f), _joined(_compounds)), "The factor is applied to a rate that it was applied to before. It belongs on the base rate."),
-              (lambda f: _rates_equal(_joined(f), _joined(_starts_over)), "The schedule starts over with every layer. All groups share one step.")),
-    tempting=(_first_group_only, _compounds, _starts_over))
+    mistakes=(
+        (
+            lambda f: _rates_equal(_joined(f), _joined(_first_group_only)),
+            "The new groups still have the rate 0.1 at every step: `zip` ends with the shorter list.",
+        ),
+        (
+            lambda f: _rates_equal(_joined(f), _joined(_compounds)),
+            "The factor is applied to a rate that it was applied to before. It belongs on the base rate.",
+        ),
+        (
+            lambda f: _rates_equal(_joined(f), _joined(_starts_over)),
+            "The schedule starts over with every layer. All groups share one step.",
+        ),
+    ),
+    tempting=(_first_group_only, _compounds, _starts_over),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #355e4638
 def _finder_traces(find: Callable, fails: bool = False) -> set[str]:
     "What `find(net, optimizer, step, rates)` leaves changed: weights, averages, state, rate, random."
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    adam, x, done = torch.optim.Adam(net.parameters(), lr=.01), torch.randn(16, 4), []
+    adam, x, done = torch.optim.Adam(net.parameters(), lr=0.01), torch.randn(16, 4), []
+
     def step(net, optimizer):
         done.append(None)
-        if fails and len(done) == 3: raise KeyboardInterrupt
+        if fails and len(done) == 3:
+            raise KeyboardInterrupt
         loss = (net(x + torch.randn(4)) - 1).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return loss.item()
-    weights, averages, drawn = net[0].weight.detach().clone(), net[1].running_mean.clone(), torch.get_rng_state()
-    try: losses = find(net, adam, step, (1e-3, 1e-2, .1, 1.))
-    except KeyboardInterrupt: losses = [0.] * 4
-    left = {"weights": not torch.equal(weights, net[0].weight), "averages": not torch.equal(averages, net[1].running_mean),
-            "state": len(adam.state) > 0, "rate": adam.param_groups[0]["lr"] != .01, "random": not torch.equal(drawn, torch.get_rng_state()),
-            "losses": len(losses) != 4 or not fails and len(set(losses)) != 4}
+
+    weights, averages, drawn = (
+        net[0].weight.detach().clone(),
+        net[1].running_mean.clone(),
+        torch.get_rng_state(),
+    )
+    try:
+        losses = find(net, adam, step, (1e-3, 1e-2, 0.1, 1.0))
+    except KeyboardInterrupt:
+        losses = [0.0] * 4
+    left = {
+        "weights": not torch.equal(weights, net[0].weight),
+        "averages": not torch.equal(averages, net[1].running_mean),
+        "state": len(adam.state) > 0,
+        "rate": adam.param_groups[0]["lr"] != 0.01,
+        "random": not torch.equal(drawn, torch.get_rng_state()),
+        "losses": len(losses) != 4 or not fails and len(set(losses)) != 4,
+    }
     return {k for k, v in left.items() if v}
 
 # %% ../../nbs/tools/exercises.ipynb #25805e56
@@ -1003,73 +1617,170 @@ def _parted_loss(find: Callable) -> bool:
 # %% ../../nbs/tools/exercises.ipynb #ffd3c70f
 EXERCISES["07.4"] = Exercise(
     right=lambda f: not _finder_traces(f) and not _finder_traces(f, fails=True) and not _parted_loss(f),
-    why="Network and optimiser are copied together, so nothing has to be put back, however it ends; `fork_rng` puts the random state back. One much-used finder left the weights changed unless asked (2019), another kept the optimiser's state (2020).",
-    hint="Weights, batch norm's averages, the optimiser's state and rate, the random state: all as before, also when `step` is interrupted. Copy network and optimiser in one call, inside `torch.random.fork_rng()`.",
-    mistakes=((lambda f: "weights" in _finder_traces(f), "The weights are still changed. What does `state_dict()` hold: copies, or the tensors themselves?"),
-              (lambda f: {"state", "rate"} & _finder_traces(f), "The weights are back, but the optimiser remembers: its state or its rate has changed."),
-              (_parted_loss, "Copied apart, the optimiser's copy trains weights that are not those of the network's copy. Copy both in one call."),
-              (lambda f: "random" in _finder_traces(f), "The random state has moved: the run that follows draws other numbers than it would have."),
-              (lambda f: bool(_finder_traces(f, fails=True)), "Right when it runs through. When a step is interrupted, something stays changed.")),
-    tempting=(_put_back_a_reference, _put_back_weights, _on_a_copy, _parted))
+    why=(
+        "Network and optimiser are copied together, so nothing has to be put back, however it ends; "
+        "`fork_rng` puts the random state back. One much-used finder left the weights changed unless "
+        "asked (2019), another kept the optimiser's state (2020)."
+    ),
+    hint=(
+        "Weights, batch norm's averages, the optimiser's state and rate, the random state: all as "
+        "before, also when `step` is interrupted. Copy network and optimiser in one call, inside "
+        "`torch.random.fork_rng()`."
+    ),
+    mistakes=(
+        (
+            lambda f: "weights" in _finder_traces(f),
+            (
+                "The weights are still changed. What does `state_dict()` hold: copies, or the tensors "
+                "themselves?"
+            ),
+        ),
+        (
+            lambda f: {"state", "rate"} & _finder_traces(f),
+            "The weights are back, but the optimiser remembers: its state or its rate has changed.",
+        ),
+        (
+            _parted_loss,
+            (
+                "Copied apart, the optimiser's copy trains weights that are not those of the network's "
+                "copy. Copy both in one call."
+            ),
+        ),
+        (
+            lambda f: "random" in _finder_traces(f),
+            "The random state has moved: the run that follows draws other numbers than it would have.",
+        ),
+        (
+            lambda f: bool(_finder_traces(f, fails=True)),
+            "Right when it runs through. When a step is interrupted, something stays changed.",
+        ),
+    ),
+    tempting=(_put_back_a_reference, _put_back_weights, _on_a_copy, _parted),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #dcfd0cfe
 EXERCISES["08.1"] = Exercise(
     right=lambda a: 381 <= float(a) <= 385,
-    why="With all n right the lower end is n / (n + 1.96²), so n = 0.99 · 3.84 / 0.01 = 380.3: 381 pictures. A round number near it, 400, would do in practice.",
+    why=(
+        "With all n right the lower end is n / (n + 1.96²), so n = 0.99 · 3.84 / 0.01 = 380.3: 381 "
+        "pictures. A round number near it, 400, would do in practice."
+    ),
     hint="Put s = n into Wilson's formula: the lower end becomes n / (n + z²). Solve for n.",
-    mistakes=((lambda a: float(a) in (99, 100), "With 100 of 100 right the interval begins at 0.963. Try `wilson(100, 100)`."),
-              (lambda a: 290 <= float(a) <= 310, "That is the rule of three, 3 / n, for a one-sided interval. Here both sides are asked for."),
-              (lambda a: 376 <= float(a) < 381, "Nearly: the lower end is still below 0.99. Try `wilson` with one picture more or less.")),
-    tempting=(100, 300, 380))
+    mistakes=(
+        (
+            lambda a: float(a) in (99, 100),
+            "With 100 of 100 right the interval begins at 0.963. Try `wilson(100, 100)`.",
+        ),
+        (
+            lambda a: 290 <= float(a) <= 310,
+            "That is the rule of three, 3 / n, for a one-sided interval. Here both sides are asked for.",
+        ),
+        (
+            lambda a: 376 <= float(a) < 381,
+            "Nearly: the lower end is still below 0.99. Try `wilson` with one picture more or less.",
+        ),
+    ),
+    tempting=(100, 300, 380),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #8bde3c72
-_TABLE = np.array([[90, 10, 0], [2, 8, 0], [0, 0, 0]])  # 100 pictures of one class, 10 of another, none of a third
+# 100 pictures of one class, 10 of another, none of a third
+_TABLE = np.array([[90, 10, 0], [2, 8, 0], [0, 0, 0]])
 
-def _near_to(value: float) -> Callable[[Any], bool]: return lambda f: abs(float(f(_TABLE)) - value) < 1e-6
+def _near_to(value: float) -> Callable[[Any], bool]:
+    return lambda f: abs(float(f(_TABLE)) - value) < 1e-6
 
-def _plain_accuracy(t): return t.trace() / t.sum()
-def _mean_precision(t): return np.mean([t[i, i] / t[:, i].sum() for i in range(len(t)) if t[:, i].sum()])
-def _counts_absent(t): return np.mean(t.diagonal() / np.maximum(t.sum(1), 1))
+def _plain_accuracy(t):
+    return t.trace() / t.sum()
+
+def _mean_precision(t):
+    return np.mean([t[i, i] / t[:, i].sum() for i in range(len(t)) if t[:, i].sum()])
+
+def _counts_absent(t):
+    return np.mean(t.diagonal() / np.maximum(t.sum(1), 1))
 
 EXERCISES["08.2"] = Exercise(
-    right=lambda f: _near_to(.85)(f) and abs(float(f(np.diag([3, 4]))) - 1) < 1e-6,
-    why="Each class that has pictures counts once, however many they are: (0.9 + 0.8) / 2. A class without pictures has no recall, and no say.",
+    right=lambda f: _near_to(0.85)(f) and abs(float(f(np.diag([3, 4]))) - 1) < 1e-6,
+    why=(
+        "Each class that has pictures counts once, however many they are: (0.9 + 0.8) / 2. A class "
+        "without pictures has no recall, and no say."
+    ),
     hint="Divide the diagonal by the rows' sums, and average over the rows that have pictures.",
-    mistakes=((_near_to(98 / 110), "That is the accuracy: the large class decides it."),
-              (_near_to(_mean_precision(_TABLE)), "That divides by the columns' sums, which is precision. A row holds the pictures of a class."),
-              (_near_to(1.7 / 3), "The class without pictures counted as a recall of 0. Nothing is known of it; leave it out."),
-              (lambda f: np.isnan(float(f(_TABLE))), "One class has no pictures, and 0 / 0 is not a number. Leave it out.")),
-    tempting=(_plain_accuracy, _mean_precision, _counts_absent))
+    mistakes=(
+        (_near_to(98 / 110), "That is the accuracy: the large class decides it."),
+        (
+            _near_to(_mean_precision(_TABLE)),
+            "That divides by the columns' sums, which is precision. A row holds the pictures of a class.",
+        ),
+        (
+            _near_to(1.7 / 3),
+            "The class without pictures counted as a recall of 0. Nothing is known of it; leave it out.",
+        ),
+        (
+            lambda f: np.isnan(float(f(_TABLE))),
+            "One class has no pictures, and 0 / 0 is not a number. Leave it out.",
+        ),
+    ),
+    tempting=(_plain_accuracy, _mean_precision, _counts_absent),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #d996b6ab
-_Z = torch.tensor([[4., 1., 0.], [.5, 3., 2.], [0., 0., 9.]])
+_Z = torch.tensor([[4.0, 1.0, 0.0], [0.5, 3.0, 2.0], [0.0, 0.0, 9.0]])
 
-def _softened(f: Callable, t: float = 1.5) -> torch.Tensor: return f(_Z, t)
+def _softened(f: Callable, t: float = 1.5) -> torch.Tensor:
+    return f(_Z, t)
 
-def _softmax_twice_08(z, t): return (z.softmax(1) / t).softmax(1)
-def _times(z, t): return (z * t).softmax(1)
-def _unnormalised(z, t): return z.softmax(1) / t
+def _softmax_twice_08(z, t):
+    return (z.softmax(1) / t).softmax(1)
+
+def _times(z, t):
+    return (z * t).softmax(1)
+
+def _unnormalised(z, t):
+    return z.softmax(1) / t
 
 EXERCISES["08.3"] = Exercise(
-    right=lambda f: all(torch.allclose(_softened(f, t), (_Z / t).softmax(1), atol=1e-6) for t in (.5, 1., 1.5, 4.)),
-    why="At T = 1 a temperature must change nothing. Probabilities lie between 0 and 1, so a second softmax makes them nearly equal whatever T is. Where only probabilities are at hand, their logarithms do as logits.",
+    right=lambda f: all(
+        torch.allclose(_softened(f, t), (_Z / t).softmax(1), atol=1e-6) for t in (0.5, 1.0, 1.5, 4.0)
+    ),
+    why=(
+        "At T = 1 a temperature must change nothing. Probabilities lie between 0 and 1, so a second "
+        "softmax makes them nearly equal whatever T is. Where only probabilities are at hand, their "
+        "logarithms do as logits."
+    ),
     hint="What does your function return at T = 1? It should be the softmax of the logits.",
-    mistakes=((lambda f: torch.allclose(_softened(f), _softened(_softmax_twice_08), atol=1e-6), "The softmax is still taken twice."),
-              (lambda f: torch.allclose(_softened(f), _softened(_times), atol=1e-6), "Multiplied: that makes the network surer where T is above 1. Divide."),
-              (lambda f: not torch.allclose(_softened(f).sum(1), torch.ones(3), atol=1e-4), "The rows must sum to one: the softmax comes last.")),
-    tempting=(_softmax_twice_08, _times, _unnormalised))
+    mistakes=(
+        (
+            lambda f: torch.allclose(_softened(f), _softened(_softmax_twice_08), atol=1e-6),
+            "The softmax is still taken twice.",
+        ),
+        (
+            lambda f: torch.allclose(_softened(f), _softened(_times), atol=1e-6),
+            "Multiplied: that makes the network surer where T is above 1. Divide.",
+        ),
+        (
+            lambda f: not torch.allclose(_softened(f).sum(1), torch.ones(3), atol=1e-4),
+            "The rows must sum to one: the softmax comes last.",
+        ),
+    ),
+    tempting=(_softmax_twice_08, _times, _unnormalised),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #88258b04
 def _ece_cases() -> list[tuple[np.ndarray, np.ndarray, float]]:
     "Confidences, whether right, and the error with ten bins."
-    return [(np.array([1., 1., .55, .55]), np.array([1, 0, 1, 0]), .275), (np.array([.95, 1.]), np.array([1, 0]), .475),
-            (np.array([.31, .32, .9]), np.array([0, 0, 1]), .73 / 3)]
+    return [
+        (np.array([1.0, 1.0, 0.55, 0.55]), np.array([1, 0, 1, 0]), 0.275),
+        (np.array([0.95, 1.0]), np.array([1, 0]), 0.475),
+        (np.array([0.31, 0.32, 0.9]), np.array([0, 0, 1]), 0.73 / 3),
+    ]
 
 def _ece_loses_ones(conf, right, bins=10):
-    total = 0.
+    total = 0.0
     for low in np.arange(bins) / bins:
         inside = (conf >= low) & (conf < low + 1 / bins)
-        if inside.any(): total += inside.mean() * abs(right[inside].mean() - conf[inside].mean())
+        if inside.any():
+            total += inside.mean() * abs(right[inside].mean() - conf[inside].mean())
     return total
 
 def _ece_own_bin(conf, right, bins=10):
@@ -1081,86 +1792,175 @@ def _ece_unweighted(conf, right, bins=10):
     return np.mean([abs(right[at == b].mean() - conf[at == b].mean()) for b in np.unique(at)])
 
 # %% ../../nbs/tools/exercises.ipynb #a53beb55
-def _like(g: Callable) -> Callable[[Any], bool]: return lambda f: all(abs(f(c, r) - g(c, r)) < 1e-6 for c, r, _ in _ece_cases()[:2])
+def _like(g: Callable) -> Callable[[Any], bool]:
+    return lambda f: all(abs(f(c, r) - g(c, r)) < 1e-6 for c, r, _ in _ece_cases()[:2])
 
 EXERCISES["08.4"] = Exercise(
     right=lambda f: all(abs(f(c, r) - want) < 1e-6 for c, r, want in _ece_cases()),
-    why="The last bin must be closed on the right. A confidence of exactly 1 is no rarity: in 32-bit arithmetic the softmax reaches it when one logit is about 17 above the others.",
-    hint="Into which bin does a confidence of exactly 1 fall? Try one right and one wrong picture, both with confidence 1.",
-    mistakes=((_like(_ece_loses_ones), "Pictures with confidence 1 are in no bin: no row of the loop has them."),
-              (_like(_ece_own_bin), "Now they have a bin of their own, an eleventh. They belong in the last one, with 0.95."),
-              (_like(_ece_unweighted), "Each bin must weigh as much as it has pictures.")),
-    tempting=(_ece_loses_ones, _ece_own_bin, _ece_unweighted))
+    why=(
+        "The last bin must be closed on the right. A confidence of exactly 1 is no rarity: in 32-bit "
+        "arithmetic the softmax reaches it when one logit is about 17 above the others."
+    ),
+    hint=(
+        "Into which bin does a confidence of exactly 1 fall? Try one right and one wrong picture, both "
+        "with confidence 1."
+    ),
+    mistakes=(
+        (_like(_ece_loses_ones), "Pictures with confidence 1 are in no bin: no row of the loop has them."),
+        (
+            _like(_ece_own_bin),
+            "Now they have a bin of their own, an eleventh. They belong in the last one, with 0.95.",
+        ),
+        (_like(_ece_unweighted), "Each bin must weigh as much as it has pictures."),
+    ),
+    tempting=(_ece_loses_ones, _ece_own_bin, _ece_unweighted),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #98852da5
-def _as_rows(phases: Any) -> list[tuple]: return [(p.train, p.epochs, p.lr, p.depth_decay) for p in phases]
+def _as_rows(phases: Any) -> list[tuple]:
+    return [(p.train, p.epochs, p.lr, p.depth_decay) for p in phases]
 
-_ASKED = [("head", None, 3e-4, 1.), (3, 4, 3e-4, 1.), ("all", 4, 1e-4, .7)]
+_ASKED = [("head", None, 3e-4, 1.0), (3, 4, 3e-4, 1.0), ("all", 4, 1e-4, 0.7)]
 
 def _written(*changes: dict) -> list:
     from sft_course.recipe import Phase
-    base = [dict(train="head"), dict(train=3, epochs=4), dict(train="all", epochs=4, lr=1e-4, depth_decay=.7)]
+
+    base = [
+        dict(train="head"),
+        dict(train=3, epochs=4),
+        dict(train="all", epochs=4, lr=1e-4, depth_decay=0.7),
+    ]
     return [Phase(**(b | c)) for b, c in zip(base, changes or ({}, {}, {}))]
 
 EXERCISES["09.1"] = Exercise(
     right=lambda a: _as_rows(a) == _ASKED,
-    why="Three lines of data are the whole run: head, upper three stages, all stages at a lower rate that falls with depth.",
+    why=(
+        "Three lines of data are the whole run: head, upper three stages, all stages at a lower rate "
+        "that falls with depth."
+    ),
     hint="One `Phase` for each sentence. What the sentence does not mention keeps its default.",
-    mistakes=((lambda a: len(list(a)) != 3, "There are three phases: the head, three stages, all stages."),
-              (lambda a: _as_rows(a)[2][2] == 3e-4, "The last phase is to run at a third of the usual rate: 1e-4."),
-              (lambda a: _as_rows(a)[2][3] != .7, "In the last phase each stage has 0.7 times the rate of the one above: `depth_decay=0.7`."),
-              (lambda a: _as_rows(a)[1][0] != 3, "A number counts stages from the top: 3.")),
-    tempting=(_written()[:2], _written({}, {}, {"lr": 3e-4}), _written({}, {}, {"depth_decay": 1.}), _written({}, {"train": 7}, {})))
+    mistakes=(
+        (lambda a: len(list(a)) != 3, "There are three phases: the head, three stages, all stages."),
+        (lambda a: _as_rows(a)[2][2] == 3e-4, "The last phase is to run at a third of the usual rate: 1e-4."),
+        (
+            lambda a: _as_rows(a)[2][3] != 0.7,
+            "In the last phase each stage has 0.7 times the rate of the one above: `depth_decay=0.7`.",
+        ),
+        (lambda a: _as_rows(a)[1][0] != 3, "A number counts stages from the top: 3."),
+    ),
+    tempting=(
+        _written()[:2],
+        _written({}, {}, {"lr": 3e-4}),
+        _written({}, {}, {"depth_decay": 1.0}),
+        _written({}, {"train": 7}, {}),
+    ),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #96ebb940
 def _won(won: int, lost: int, same: int = 30) -> tuple[np.ndarray, np.ndarray]:
     "Two masks over the same pictures that differ on `won` and `lost` of them."
-    return np.r_[np.ones(won + same, bool), np.zeros(lost, bool)], np.r_[np.zeros(won, bool), np.ones(same + lost, bool)]
+    return np.r_[np.ones(won + same, bool), np.zeros(lost, bool)], np.r_[
+        np.zeros(won, bool), np.ones(same + lost, bool)
+    ]
 
-_CASES = [((9, 1), True), ((2, 0), False), ((3, 0), True), ((12, 9), False), ((60, 40), True), ((0, 5), False), ((0, 0), False)]
+_CASES = [
+    ((9, 1), True),
+    ((2, 0), False),
+    ((3, 0), True),
+    ((12, 9), False),
+    ((60, 40), True),
+    ((0, 5), False),
+    ((0, 0), False),
+]
 
-def _by_accuracy(right, than): return right.mean() > than.mean()
-def _by_margin(right, than): return right.mean() - than.mean() > .05
+def _by_accuracy(right, than):
+    return right.mean() > than.mean()
+
+def _by_margin(right, than):
+    return right.mean() - than.mean() > 0.05
+
 def _two_sided(right, than):
     n, k = int((right != than).sum()), int((right & ~than).sum())
-    return n > 0 and 5 * sum(math.comb(n, i) for i in range(max(k, n - k), n + 1)) < 2 ** n
+    return n > 0 and 5 * sum(math.comb(n, i) for i in range(max(k, n - k), n + 1)) < 2**n
 
 EXERCISES["09.2"] = Exercise(
     right=lambda f: all(bool(f(*_won(*c))) == says for c, says in _CASES),
-    why="Only pictures on which the two disagree tell them apart, and each is a coin toss if they are equally good. The sum of binomial coefficients counts the tosses that would look at least this good.",
-    hint="Count `won` and `lost`. A fair coin thrown won + lost times shows at least `won` heads in sum(comb(n, k) for k ≥ won) of 2ⁿ cases.",
-    mistakes=((lambda f: bool(f(*_won(12, 9))), "Twelve won and nine lost is what a fair coin does all the time; your rule takes it for better."),
-              (lambda f: bool(f(*_won(0, 5))), "Five lost and none won, and your rule says better. Look at one side only."),
-              (lambda f: not f(*_won(60, 40)), "Sixty won and forty lost is hardly luck any more."),
-              (lambda f: bool(f(*_won(2, 0))), "Two won of two: a coin does that once in four times, more often than once in five.")),
-    tempting=(_by_accuracy, _by_margin, _two_sided))
+    why=(
+        "Only pictures on which the two disagree tell them apart, and each is a coin toss if they are "
+        "equally good. The sum of binomial coefficients counts the tosses that would look at least "
+        "this good."
+    ),
+    hint=(
+        "Count `won` and `lost`. A fair coin thrown won + lost times shows at least `won` heads in "
+        "sum(comb(n, k) for k ≥ won) of 2ⁿ cases."
+    ),
+    mistakes=(
+        (
+            lambda f: bool(f(*_won(12, 9))),
+            "Twelve won and nine lost is what a fair coin does all the time; your rule takes it for better.",
+        ),
+        (
+            lambda f: bool(f(*_won(0, 5))),
+            "Five lost and none won, and your rule says better. Look at one side only.",
+        ),
+        (lambda f: not f(*_won(60, 40)), "Sixty won and forty lost is hardly luck any more."),
+        (
+            lambda f: bool(f(*_won(2, 0))),
+            "Two won of two: a coin does that once in four times, more often than once in five.",
+        ),
+    ),
+    tempting=(_by_accuracy, _by_margin, _two_sided),
+)
 
 # %% ../../nbs/tools/exercises.ipynb #17f1aa06
 def _resume_case(f: Callable) -> list[tuple[float, ...]]:
-    "Weights after four steps of SGD with momentum on w²/2, told to stop after two and to go on, by `f(save, load)`."
+    """Weights after four steps of SGD with momentum on w²/2, told to stop after two and to go on, by `f(save,
+    load)`.
+    """
     kept: dict = {}
+
     def steps(w, v, n):
-        for _ in range(n): v = .9 * v + w; w = w - .1 * v
+        for _ in range(n):
+            v = 0.9 * v + w
+            w = w - 0.1 * v
         return w, v
-    w, v = steps(1., 0., 2)
+
+    w, v = steps(1.0, 0.0, 2)
     f(lambda **state: kept.update(state), None)(w, v)
     w2, v2 = f(None, lambda: dict(kept))()
-    return [steps(w2, v2, 2), steps(1., 0., 4)]
+    return [steps(w2, v2, 2), steps(1.0, 0.0, 4)]
 
 def _weights_only(save, load):
-    if save: return lambda w, v: save(w=w)
-    return lambda: (load()["w"], 0.)
+    if save:
+        return lambda w, v: save(w=w)
+    return lambda: (load()["w"], 0.0)
+
 def _both(save, load):
-    if save: return lambda w, v: save(w=w, v=v)
+    if save:
+        return lambda w, v: save(w=w, v=v)
     return lambda: (load()["w"], load()["v"])
+
 def _swapped(save, load):
-    if save: return lambda w, v: save(w=v, v=w)
+    if save:
+        return lambda w, v: save(w=v, v=w)
     return lambda: (load()["w"], load()["v"])
 
 EXERCISES["09.3"] = Exercise(
     right=lambda f: np.allclose(*_resume_case(f)),
-    why="A run is more than its weights: the optimiser's velocity goes on too. `last.ckpt` holds both, the history, the best weights and the state of the random numbers.",
+    why=(
+        "A run is more than its weights: the optimiser's velocity goes on too. `last.ckpt` holds both, "
+        "the history, the best weights and the state of the random numbers."
+    ),
     hint="Compare what is saved with what `steps` needs to go on: is anything made up anew on loading?",
-    mistakes=((lambda f: np.allclose(_resume_case(f)[0], _resume_case(_weights_only)[0]), "The velocity starts at 0 again: the first step after the stop is another one."),
-              (lambda f: np.allclose(_resume_case(f)[0], _resume_case(_swapped)[0]), "Both are saved, but under each other's name.")),
-    tempting=(_weights_only, _swapped))
+    mistakes=(
+        (
+            lambda f: np.allclose(_resume_case(f)[0], _resume_case(_weights_only)[0]),
+            "The velocity starts at 0 again: the first step after the stop is another one.",
+        ),
+        (
+            lambda f: np.allclose(_resume_case(f)[0], _resume_case(_swapped)[0]),
+            "Both are saved, but under each other's name.",
+        ),
+    ),
+    tempting=(_weights_only, _swapped),
+)

@@ -13,7 +13,13 @@ from PIL import Image
 
 # %% ../../nbs/tools/figures.ipynb #72038e77
 # Okabe and Ito's colours: readers who cannot tell red from green can tell these apart.
-PALETTE = {"scratch": "#7a7a7a", "frozen": "#0072b2", "tuned": "#e69f00", "destroyed": "#cc79a7", "chance": "#bbbbbb"}
+PALETTE = {
+    "scratch": "#7a7a7a",
+    "frozen": "#0072b2",
+    "tuned": "#e69f00",
+    "destroyed": "#cc79a7",
+    "chance": "#bbbbbb",
+}
 
 def style() -> None:
     """The look of every figure and table in the course; call it at the top of a notebook.
@@ -22,8 +28,14 @@ def style() -> None:
     """
     import pandas as pd
     import seaborn as sns
+
     pd.set_option("display.width", 160, "display.max_columns", 40)
-    rc = {"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
+    rc = {
+        "figure.dpi": 80,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.constrained_layout.use": True,
+    }
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc=rc)
 
 # %% ../../nbs/tools/figures.ipynb #6ad9e6f5
@@ -47,41 +59,48 @@ def contact_sheet(
 
 # %% ../../nbs/tools/figures.ipynb #d0e4c408
 def picture(what, alt: str, quality: int | None = None):
-    """`what`, a matplotlib figure or a picture (PIL or uint8 array), for a cell to display, with `alt`, the sentence that a
-    screen reader says. Figures become PNG, pictures JPEG; figures that show photographs too, if `quality` (1 to 95) is given."""
+    """`what`, a matplotlib figure or a picture (PIL or uint8 array), for a cell to display, with `alt`, the
+    sentence that a screen reader says. Figures become PNG, pictures JPEG; figures that show photographs
+    too, if `quality` (1 to 95) is given.
+    """
     from IPython.display import Image as Shown
+
     file, is_figure = BytesIO(), hasattr(what, "savefig")
     kind, options = ("png", {}) if is_figure and quality is None else ("jpeg", {"quality": quality or 85})
     if is_figure:
         import matplotlib.pyplot as plt
+
         what.savefig(file, format=kind, bbox_inches="tight", pil_kwargs=options)
         plt.close(what)  # or the notebook would show it a second time
-    else: (what if isinstance(what, Image.Image) else Image.fromarray(what)).save(file, "JPEG", **options)
+    else:
+        (what if isinstance(what, Image.Image) else Image.fromarray(what)).save(file, "JPEG", **options)
     return Shown(data=file.getvalue(), format=kind, alt=alt)
 
 # %% ../../nbs/tools/figures.ipynb #fgx00001
 MEANS = {"scratch": "random start, trains", "frozen": "pretrained, frozen", "tuned": "trains"}
 
 def network_figure(ways: dict[str, list[str]], names: list[str] | None = None):
-    """A row of boxes for each of `ways`: {name: role of each stage from the input to the head}, roles of `MEANS`.
+    """A row of boxes for each of `ways`: {name: role of each stage from the input to the head}, roles of
+    `MEANS`.
 
     `names` stand below the stages. Returns the matplotlib figure.
     """
     import matplotlib.pyplot as plt
+
     most = max(map(len, ways.values()))
-    fig, ax = plt.subplots(figsize=(8, .55 * len(ways) + .9))
+    fig, ax = plt.subplots(figsize=(8, 0.55 * len(ways) + 0.9))
     for y, (way, roles) in enumerate(ways.items()):
-        ax.text(-.3, y, way, ha="right", va="center", weight="bold")
+        ax.text(-0.3, y, way, ha="right", va="center", weight="bold")
         for x, role in enumerate(roles):
-            ax.add_patch(plt.Rectangle((x, y - .3), .84, .6, color=PALETTE[role]))
+            ax.add_patch(plt.Rectangle((x, y - 0.3), 0.84, 0.6, color=PALETTE[role]))
     used = [role for role in MEANS if any(role in roles for roles in ways.values())]
     for k, role in enumerate(used):
         x = k * most / len(used)
-        ax.add_patch(plt.Rectangle((x, len(ways) - .2), .3, .3, color=PALETTE[role]))
-        ax.text(x + .42, len(ways) - .05, MEANS[role], va="center", fontsize=9)
+        ax.add_patch(plt.Rectangle((x, len(ways) - 0.2), 0.3, 0.3, color=PALETTE[role]))
+        ax.text(x + 0.42, len(ways) - 0.05, MEANS[role], va="center", fontsize=9)
     for x, name in enumerate(names or ["image in"] + [""] * (most - 2) + ["classes out"]):
-        ax.text(x + .42, -.62, name, ha="center", va="center", fontsize=9)
-    ax.set(xlim=(-2.6, most), ylim=(len(ways) + .3, -.9))
+        ax.text(x + 0.42, -0.62, name, ha="center", va="center", fontsize=9)
+    ax.set(xlim=(-2.6, most), ylim=(len(ways) + 0.3, -0.9))
     ax.axis("off")
     return fig
 

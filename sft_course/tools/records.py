@@ -15,38 +15,54 @@ from .settings import Settings, SFTError
 
 # %% ../../nbs/tools/records.ipynb #397e716a
 def code_key(*functions, settings: Settings | None = None) -> str:
-    "A hash of what the functions do (not of comments, docstrings or layout) and of the settings that decide results."
+    """A hash of what the functions do (not of comments, docstrings or layout) and of the settings that decide
+    results.
+    """
     h = hashlib.blake2b(digest_size=6)
     for f in functions:
         tree = ast.parse(textwrap.dedent(inspect.getsource(f)))
         for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node): node.body = node.body[1:]
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+                node.body = node.body[1:]
         h.update(repr(_outline(tree)).encode())
-    if settings: h.update(repr([getattr(settings, k) for k in DECISIVE]).encode())
+    if settings:
+        h.update(repr([getattr(settings, k) for k in DECISIVE]).encode())
     return h.hexdigest()
 
 # %% ../../nbs/tools/records.ipynb #d22d51f1
 def _outline(node: Any) -> Any:
-    "A syntax tree as lists, without what is empty: each Python has other empty fields, and `ast.dump` shows them."
-    if isinstance(node, list): return [_outline(n) for n in node]
-    if not isinstance(node, ast.AST): return node
+    """A syntax tree as lists, without what is empty: each Python has other empty fields, and `ast.dump` shows
+    them.
+    """
+    if isinstance(node, list):
+        return [_outline(n) for n in node]
+    if not isinstance(node, ast.AST):
+        return node
     full = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
     return [type(node).__name__, *((name, _outline(value)) for name, value in full)]
 
 DECISIVE = ("dataset", "backbone", "image_size", "blooms_train", "blooms_test", "blooms_domain")
 
 # %% ../../nbs/tools/records.ipynb #500657ef
-def recorded(name: str, run: Callable[..., dict], grid: Iterable[dict], uses: tuple = (), settings: Settings | None = None):
-    """Rows of a long experiment as a DataFrame: one `run(**row)` for each row of `grid`, read from `runs/name.csv`.
+def recorded(
+    name: str,
+    run: Callable[..., dict],
+    grid: Iterable[dict],
+    uses: tuple = (),
+    settings: Settings | None = None,
+):
+    """Rows of a long experiment as a DataFrame: one `run(**row)` for each row of `grid`, read from
+    `runs/name.csv`.
 
-    The file is written by `make record`, which sets SFT_RECORD; rows that are there already are kept. A row holds a key of
-    the code (`run` and what it `uses`) and settings that made it. Where these have changed since, a warning says so; under
-    SFT_STRICT, as in `make test`, it is an error.
+    The file is written by `make record`, which sets SFT_RECORD; rows that are there already are kept. A
+    row holds a key of the code (`run` and what it `uses`) and settings that made it. Where these have
+    changed since, a warning says so; under SFT_STRICT, as in `make test`, it is an error.
     """
     grid, key = list(grid), code_key(run, *uses, settings=settings)
     path = _runs_folder() / f"{name}.csv"
     rows = pd.read_csv(path, dtype={"key": str}).to_dict("records") if path.exists() else []
-    if os.environ.get("SFT_RECORD"): rows = _record(path, run, grid, key, rows)
+    if os.environ.get("SFT_RECORD"):
+        rows = _record(path, run, grid, key, rows)
     _warn_if_stale(name, grid, key, rows)
     return pd.DataFrame(rows)
 
@@ -76,8 +92,13 @@ def _record(path: Path, run, grid: list[dict], key: str, rows: list[dict]) -> li
 def _warn_if_stale(name: str, grid: list[dict], key: str, rows: list[dict]) -> None:
     missing = [g for g in grid if not any(_same(r, g) for r in rows)]
     changed = sum(r["key"] != key for r in rows)
-    if not missing and not changed: return
-    text = (f"runs/{name}.csv: {len(missing)} rows are missing and {changed} were made by other code or settings; "
-            f"`make record CHAPTER={name.split('_')[0]}` makes them anew.")
-    if os.environ.get("SFT_STRICT"): raise SFTError(text)
+    if not missing and not changed:
+        return
+    text = (
+        f"runs/{name}.csv: {len(missing)} rows are missing and {changed} were made by other code "
+        "or settings; "
+        f"`make record CHAPTER={name.split('_')[0]}` makes them anew."
+    )
+    if os.environ.get("SFT_STRICT"):
+        raise SFTError(text)
     warnings.warn(text, stacklevel=3)

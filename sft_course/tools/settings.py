@@ -16,7 +16,9 @@ import sft_course
 
 # %% ../../nbs/tools/settings.ipynb #3ab86413
 class SFTError(ValueError):
-    "A fault that a person can mend: one sentence that names the file or value, what is wrong, and what to do."
+    """A fault that a person can mend: one sentence that names the file or value, what is wrong, and what to
+    do.
+    """
 
 # %% ../../nbs/tools/settings.ipynb #966e1020
 DOMAINS = ("garden", "night", "herbarium", "plate")  # of the drawn data set
@@ -39,13 +41,18 @@ def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise SFTError(f"{path}: there is no home folder that ~ could stand for; write the path out.") from None
+        raise SFTError(
+            f"{path}: there is no home folder that ~ could stand for; write the path out."
+        ) from None
 
 # %% ../../nbs/tools/settings.ipynb #e7c7e1a5
 @dataclass(frozen=True)
 class Settings:
     "What a run is made of. `load_settings` reads it; `origin` remembers where each value came from."
-    dataset: str = _setting("blooms, flowers102, oxford_pets, or the path of a folder of labelled pictures", bool)
+
+    dataset: str = _setting(
+        "blooms, flowers102, oxford_pets, or the path of a folder of labelled pictures", bool
+    )
     backbone: str = _setting("lite0, a model name of torchvision or timm, or hf-hub:owner/name", bool)
     image_size: int = _whole(32, 1024)
     fit_image_size: int = _whole(32, 1024)
@@ -65,7 +72,9 @@ class Settings:
 
     @property
     def cache_dir(self) -> Path:
-        "Where drawn data, decoded pictures and activations are kept: `cache`, else `$XDG_CACHE_HOME/sft_course`."
+        """Where drawn data, decoded pictures and activations are kept: `cache`, else
+        `$XDG_CACHE_HOME/sft_course`.
+        """
         if self.cache:
             return expanded(self.cache)
         if home := os.environ.get("XDG_CACHE_HOME"):
@@ -73,13 +82,17 @@ class Settings:
         try:
             return Path.home() / ".cache" / "sft_course"
         except RuntimeError:
-            raise SFTError("cache: there is no home folder to keep files in; "
-                           "set SFT_COURSE_CACHE to a folder, or `cache` in settings.ini.") from None
+            raise SFTError(
+                "cache: there is no home folder to keep files in; "
+                "set SFT_COURSE_CACHE to a folder, or `cache` in settings.ini."
+            ) from None
 
     def change(self, **given: Any) -> "Settings":
-        """These settings, with what is `given` and not None in their place; `size` is short for `fit_image_size`.
+        """These settings, with what is `given` and not None in their place; `size` is short for
+        `fit_image_size`.
 
-        Raises `SFTError` for a name that is no setting and for a value that is not allowed, as `load_settings` does.
+        Raises `SFTError` for a name that is no setting and for a value that is not allowed, as
+        `load_settings` does.
         """
         now = {k: (getattr(self, k), self.origin.get(k, k)) for k in _KEYS}
         return _checked(now | _arguments(given))
@@ -87,7 +100,9 @@ class Settings:
     def wrong(self, key: str, because: str = "") -> SFTError:
         "The error that says where the value of `key` stands and what is allowed there."
         allowed = self.__dataclass_fields__[key].metadata["allowed"]
-        return SFTError(f"{self.origin.get(key, key)} = {getattr(self, key)}: {because or 'not allowed'}; use {allowed}.")
+        return SFTError(
+            f"{self.origin.get(key, key)} = {getattr(self, key)}: {because or 'not allowed'}; use {allowed}."
+        )
 
 # %% ../../nbs/tools/settings.ipynb #0ce2933e
 SECTION, PREFIX = "course", "SFT_COURSE_"
@@ -161,7 +176,9 @@ def _read_ini(content: bytes, name: str, folder: Path) -> dict[str, tuple[str, s
     try:
         section = _parsed(content.decode("utf-8-sig"))[SECTION]
     except (configparser.Error, UnicodeDecodeError) as e:
-        raise SFTError(f"{name}: cannot be read ({str(e).splitlines()[0]}); compare it with the one in the course.") from None
+        raise SFTError(
+            f"{name}: cannot be read ({str(e).splitlines()[0]}); compare it with the one in the course."
+        ) from None
     out = {_known(k, f"{name}: [{SECTION}]"): (v, f"{name}: [{SECTION}] {k}") for k, v in section.items()}
     data, where = out.get("dataset", ("", ""))
     if data not in ("", "blooms", *PUBLIC):
@@ -177,7 +194,8 @@ def _arguments(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
 
 # %% ../../nbs/tools/settings.ipynb #49abf727
 def load_settings(**given) -> Settings:
-    """The settings in force. Later sources win: packaged defaults, the nearest settings.ini, `SFT_COURSE_*`, `given`.
+    """The settings in force. Later sources win: packaged defaults, the nearest settings.ini, `SFT_COURSE_*`,
+    `given`.
 
     Raises `SFTError` for an unknown key or a value that is not allowed, and says where it stands.
     """
@@ -185,12 +203,17 @@ def load_settings(**given) -> Settings:
     if near := settings_file():
         found |= _read_ini(near.read_bytes(), _shown(near), near.parent)
     env = {k: v for k, v in os.environ.items() if k.startswith(PREFIX)}
-    found |= {_known(k[len(PREFIX):].lower(), f"environment: {k}"): (v, f"environment: {k}") for k, v in env.items()}
+    found |= {
+        _known(k[len(PREFIX) :].lower(), f"environment: {k}"): (v, f"environment: {k}")
+        for k, v in env.items()
+    }
     return _checked(found | _arguments(given))
 
 # %% ../../nbs/tools/settings.ipynb #94b70fd2
 def _as(kind: type, value: Any) -> Any:
-    "A setting's value as its type. 64.5 and True are no whole numbers, though Python would make some of them."
+    """A setting's value as its type. 64.5 and True are no whole numbers, though Python would make some of
+    them.
+    """
     made = kind(value)
     if kind is int and not isinstance(value, str) and (isinstance(value, bool) or made != value):
         raise ValueError

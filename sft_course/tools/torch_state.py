@@ -13,10 +13,14 @@ from .settings import Settings
 
 # %% ../../nbs/tools/torch_state.ipynb #dbc636d8
 def pick_device(settings: Settings):
-    "The torch device to train on: what `settings.device` says; `auto` is the first CUDA GPU, else the processor."
+    """The torch device to train on: what `settings.device` says; `auto` is the first CUDA GPU, else the
+    processor.
+    """
     import torch
+
     name = settings.device
-    if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise settings.wrong("device", "torch finds no CUDA GPU on this machine")
@@ -28,6 +32,7 @@ def pick_device(settings: Settings):
 def seeded(seed: int) -> Iterator[None]:
     "Draw torch's random numbers from `seed` inside the block; the state outside is as it was before."
     import torch
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
@@ -40,8 +45,11 @@ _dtypes: list = []  # the default type to put back, once for each open block
 # %% ../../nbs/tools/torch_state.ipynb #89616e78
 @contextmanager
 def _float32_by_default() -> Iterator[None]:
-    "The default type belongs to the whole process: the first thread sets it, the last one puts back what was there."
+    """The default type belongs to the whole process: the first thread sets it, the last one puts back what
+    was there.
+    """
     import torch
+
     with _DTYPE_LOCK:
         _dtypes.append(_dtypes[0] if _dtypes else torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
@@ -56,12 +64,14 @@ def _float32_by_default() -> Iterator[None]:
 # %% ../../nbs/tools/torch_state.ipynb #f35af480
 @contextmanager
 def own_torch_state() -> Iterator[None]:
-    """Inside the block torch is as a fresh process has it: float32, gradients, no inference mode, no autocast, new
-    tensors on the processor.
+    """Inside the block torch is as a fresh process has it: float32, gradients, no inference mode, no
+    autocast, new tensors on the processor.
 
-    A decorator, too: `@own_torch_state()`. A generator must not yield inside the block: its caller would see this state.
+    A decorator, too: `@own_torch_state()`. A generator must not yield inside the block: its caller would
+    see this state.
     """
     import torch
+
     with ExitStack() as stack:
         stack.enter_context(_float32_by_default())
         stack.enter_context(torch.inference_mode(False))

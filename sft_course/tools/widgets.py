@@ -52,32 +52,56 @@ def _write(x: float, y: float, text: str, anchor: str = "middle", more: str = ""
 def _sentence(names: Sequence[str], label: int, p: list[float], g: list[float], loss: float) -> str:
     rival = max((k for k in range(len(names)) if k != label), key=lambda k: g[k])
     say = f"The label is {names[label]}. It gets probability {p[label]:.2f}, so the loss is {loss:.2f} nats. "
-    if -g[label] < .005: return say + "The gradient is almost zero: there is nothing left to learn from this picture."
-    return say + (f"A step against the gradient raises the logit of {names[label]} (gradient −{-g[label]:.2f}) "
-                  f"and lowers that of {names[rival]} most (gradient {g[rival]:.2f}).")
+    if -g[label] < 0.005:
+        return say + "The gradient is almost zero: there is nothing left to learn from this picture."
+    return say + (
+        f"A step against the gradient raises the logit of {names[label]} (gradient −{-g[label]:.2f}) "
+        f"and lowers that of {names[rival]} most (gradient {g[rival]:.2f})."
+    )
 
 # %% ../../nbs/tools/widgets.ipynb #8092b800
-GREEN, ORANGE, GREY, REACH = "#009e73", "#d55e00", "#666666", 10.
-_COLUMNS = (("logit z", 245, 60 / REACH, GREY), ("probability p", 370, 100, GREEN), ("gradient p − y", 610, 60, ORANGE))
+GREEN, ORANGE, GREY, REACH = "#009e73", "#d55e00", "#666666", 10.0
+_COLUMNS = (
+    ("logit z", 245, 60 / REACH, GREY),
+    ("probability p", 370, 100, GREEN),
+    ("gradient p − y", 610, 60, ORANGE),
+)
 
 def _row(k: int, name: str, is_label: bool, values: tuple[float, float, float]) -> str:
     "The bars of one class; the label's name is bold and marked, so that colour is not all that says it."
     y = 34 + 34 * k
-    parts = [_write(118, y + 16, ("▸ " if is_label else "") + name, "end", 'font-weight="bold"' if is_label else "")]
+    parts = [
+        _write(
+            118, y + 16, ("▸ " if is_label else "") + name, "end", 'font-weight="bold"' if is_label else ""
+        )
+    ]
     for (_, x, scale, colour), value in zip(_COLUMNS, values):
         width = scale * max(min(value, REACH), -REACH)
         side = 1 if value >= 0 else -1
-        parts += [_bar(x, y, width, colour), _write(x + width + 4 * side, y + 16, f"{value:.2f}".replace("-", "−"), "start" if side > 0 else "end")]
+        parts += [
+            _bar(x, y, width, colour),
+            _write(
+                x + width + 4 * side, y + 16, f"{value:.2f}".replace("-", "−"), "start" if side > 0 else "end"
+            ),
+        ]
     return "".join(parts)
 
 # %% ../../nbs/tools/widgets.ipynb #6f7a2d93
-def draw_logits(logits: Sequence[float], label: int, names: Sequence[str] = ("class 1", "class 2", "class 3")) -> Drawing:
-    """Bars of logit, probability and gradient p − y for each of K classes, with the loss of `label`, a class index from 0.
+def draw_logits(
+    logits: Sequence[float], label: int, names: Sequence[str] = ("class 1", "class 2", "class 3")
+) -> Drawing:
+    """Bars of logit, probability and gradient p − y for each of K classes, with the loss of `label`, a class
+    index from 0.
 
     Raises `SFTError` for fewer than two logits, one that is not finite, or names or a label that do not fit.
     """
     if len(logits) < 2 or len(names) != len(logits) or not all(map(math.isfinite, logits)):
-        raise SFTError(f"logits {list(logits)} with {len(names)} names: give two or more finite numbers and a name for each.")
+        raise SFTError(
+            (
+                f"logits {list(logits)} with {len(names)} names: give two or more finite numbers and a "
+                "name for each."
+            )
+        )
     z, y = torch.tensor([list(logits)], dtype=torch.float64), torch.tensor([label])
     loss, p, g = cross_entropy(z, y).item(), softmax(z)[0].tolist(), cross_entropy_gradient(z, y)[0].tolist()
     rows = "".join(_row(k, names[k], k == label, (logits[k], p[k], g[k])) for k in range(len(logits)))
@@ -88,41 +112,82 @@ def draw_logits(logits: Sequence[float], label: int, names: Sequence[str] = ("cl
 def _sheet(rows: str, classes: int, loss: float, text: str) -> str:
     "Headings, zero lines and the loss around the rows; the title is what a screen reader says."
     bottom = 34 + 34 * classes
-    heads = "".join(_write(x + (50 if i == 1 else 0), 20, name, more='font-weight="bold"') for i, (name, x, *_) in enumerate(_COLUMNS))
+    heads = "".join(
+        _write(x + (50 if i == 1 else 0), 20, name, more='font-weight="bold"')
+        for i, (name, x, *_) in enumerate(_COLUMNS)
+    )
     zeros = "".join(f'<path d="M{x} 28V{bottom}" stroke="#444"/>' for _, x, *_ in _COLUMNS)
-    foot = _write(12, bottom + 24, f"loss = −log p of the label = {loss:.2f} nats", "start", 'font-weight="bold"')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {bottom + 36}" width="720" role="img" font-family="sans-serif" font-size="13" '
-            f'fill="#222"><title>{_clean(text)}</title><rect width="100%" height="100%" fill="white"/>{heads}{zeros}{rows}{foot}</svg>')
+    foot = _write(
+        12, bottom + 24, f"loss = −log p of the label = {loss:.2f} nats", "start", 'font-weight="bold"'
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {bottom + 36}" width="720" '
+        'role="img" font-family="sans-serif" font-size="13" '
+        f'fill="#222"><title>{_clean(text)}</title><rect width="100%" height="100%" '
+        f'fill="white"/>{heads}{zeros}{rows}{foot}</svg>'
+    )
 
 # %% ../../nbs/tools/widgets.ipynb #7a554a97
 def _shown(drawing: Drawing) -> str:
     return f'{drawing.svg}<p role="status" aria-live="polite">{_clean(drawing.text)}</p>'
 
 # %% ../../nbs/tools/widgets.ipynb #f9826c40
-def logits_widget(names: Sequence[str] = ("class 1", "class 2", "class 3"), logits: Sequence[float] = (1., 2., -1.), live: bool | None = None):
+def logits_widget(
+    names: Sequence[str] = ("class 1", "class 2", "class 3"),
+    logits: Sequence[float] = (1.0, 2.0, -1.0),
+    live: bool | None = None,
+):
     """Sliders for the logits and a choice of label, wired to `draw_logits`: an `ipywidgets.VBox`.
 
     live: whether there is a kernel to answer (None: look); without one the drawing itself is returned.
     """
-    if not (kernel_runs() if live is None else live): return draw_logits(logits, 0, names)
+    if not (kernel_runs() if live is None else live):
+        return draw_logits(logits, 0, names)
     import ipywidgets as w
+
     wide = {"description_width": "7em"}
-    sliders = [w.FloatSlider(z, min=-REACH, max=REACH, step=.1, description=f"logit, {n}", style=wide, layout={"width": "34em"}) for n, z in zip(names, logits)]
-    label = w.ToggleButtons(options=[(n, k) for k, n in enumerate(names)], description="label", style={**wide, "button_width": "8em"}, layout={"width": "40em"})
+    sliders = [
+        w.FloatSlider(
+            z,
+            min=-REACH,
+            max=REACH,
+            step=0.1,
+            description=f"logit, {n}",
+            style=wide,
+            layout={"width": "34em"},
+        )
+        for n, z in zip(names, logits)
+    ]
+    label = w.ToggleButtons(
+        options=[(n, k) for k, n in enumerate(names)],
+        description="label",
+        style={**wide, "button_width": "8em"},
+        layout={"width": "40em"},
+    )
     view = w.HTML()
-    def redraw(_=None): view.value = _shown(draw_logits([s.value for s in sliders], label.value, names))
-    for control in (*sliders, label): control.observe(redraw, "value")
+
+    def redraw(_=None):
+        view.value = _shown(draw_logits([s.value for s in sliders], label.value, names))
+
+    for control in (*sliders, label):
+        control.observe(redraw, "value")
     redraw()
     return w.VBox([*sliders, label, view])
 
 # %% ../../nbs/tools/widgets.ipynb #61ad35db
 def _totals(rows: Sequence[dict], train: int) -> dict[str, float]:
-    """What training the upper `train` of the stages in `rows`, from `stage_costs`, costs: `parameters`, `megabytes` of activations, and
-    `operations`, `cached` (the frozen part computed once and kept) as shares of training all. A backward pass counts as two forward."""
-    upper, ops = rows[len(rows) - train:], sum(r["multiply_adds"] for r in rows)
+    """What training the upper `train` of the stages in `rows`, from `stage_costs`, costs: `parameters`,
+    `megabytes` of activations, and `operations`, `cached` (the frozen part computed once and kept) as
+    shares of training all. A backward pass counts as two forward.
+    """
+    upper, ops = rows[len(rows) - train :], sum(r["multiply_adds"] for r in rows)
     mine = sum(r["multiply_adds"] for r in upper)
-    return {"parameters": sum(r["parameters"] for r in upper), "megabytes": sum(r["activation_bytes"] for r in upper) / 1e6,
-            "operations": (ops + 2 * mine) / (3 * ops), "cached": mine / ops}
+    return {
+        "parameters": sum(r["parameters"] for r in upper),
+        "megabytes": sum(r["activation_bytes"] for r in upper) / 1e6,
+        "operations": (ops + 2 * mine) / (3 * ops),
+        "cached": mine / ops,
+    }
 
 # %% ../../nbs/tools/widgets.ipynb #b501af34
 FROZEN, TRAINED = PALETTE["frozen"], PALETTE["tuned"]
@@ -132,12 +197,19 @@ _COSTS = (("parameters (thousands)", 236), ("activations (MB)", 402), ("operatio
 def _stage_row(y: float, name: str, trains: bool, values: Sequence[float], most: Sequence[float]) -> str:
     "One stage: its name, its state, a bar and a number in each column."
     colour, parts = TRAINED if trains else FROZEN, []
-    parts += [_write(118, y + 13, _cut(name, 17), "end"), f'<rect x="128" y="{y + 2:.0f}" width="13" height="13" fill="{colour}"/>',
-              _write(147, y + 13, "trained" if trains else "frozen", "start", 'font-weight="bold"' if trains else "")]
+    parts += [
+        _write(118, y + 13, _cut(name, 17), "end"),
+        f'<rect x="128" y="{y + 2:.0f}" width="13" height="13" fill="{colour}"/>',
+        _write(
+            147, y + 13, "trained" if trains else "frozen", "start", 'font-weight="bold"' if trains else ""
+        ),
+    ]
     for (_, x), value, top in zip(_COSTS, values, most):
         width = 100 * value / (top or 1)
-        parts += [f'<rect x="{x}" y="{y + 1:.0f}" width="{width:.1f}" height="15" fill="{colour}"/>',
-                  _write(x + width + 5, y + 13, _figure(value), "start")]
+        parts += [
+            f'<rect x="{x}" y="{y + 1:.0f}" width="{width:.1f}" height="15" fill="{colour}"/>',
+            _write(x + width + 5, y + 13, _figure(value), "start"),
+        ]
     return "".join(parts)
 
 # %% ../../nbs/tools/widgets.ipynb #0e4c2976
@@ -152,18 +224,34 @@ def _figure(value: float) -> str:
 
 # %% ../../nbs/tools/widgets.ipynb #328fdbff
 def draw_stages(rows: Sequence[dict], train: int) -> Drawing:
-    """The stages of a network in order, the upper `train` of them trained; `rows`: what `stage_costs` returns for one picture.
+    """The stages of a network in order, the upper `train` of them trained; `rows`: what `stage_costs` returns
+    for one picture.
 
-    An operation is a multiply-add; in a trained stage it is counted three times, since the backward pass takes about two forward passes.
-    Raises `SFTError` where `train` is not from 1 to the number of stages.
+    An operation is a multiply-add; in a trained stage it is counted three times, since the backward pass
+    takes about two forward passes. Raises `SFTError` where `train` is not from 1 to the number of stages.
     """
     n = len(rows)
-    if not 1 <= train <= n: raise SFTError(f"train = {train}: use a number of stages from 1 to {n}.")
-    costs = [(r["parameters"] / 1e3, r["activation_bytes"] / 1e6 * (k >= n - train), r["multiply_adds"] / 1e6 * (3 if k >= n - train else 1))
-             for k, r in enumerate(rows)]
-    most = [max(r[key] for r in rows) / unit for key, unit in (("parameters", 1e3), ("activation_bytes", 1e6), ("multiply_adds", 1e6 / 3))]
-    body = "".join(_stage_row(32 + 20 * k, r["stage"], k >= n - train, costs[k], most) for k, r in enumerate(rows))
-    heads = "".join(_write(x, 18, name, side, 'font-weight="bold"') for name, x, side in (("stage, input first", 118, "end"), *((*c, "start") for c in _COSTS)))
+    if not 1 <= train <= n:
+        raise SFTError(f"train = {train}: use a number of stages from 1 to {n}.")
+    costs = [
+        (
+            r["parameters"] / 1e3,
+            r["activation_bytes"] / 1e6 * (k >= n - train),
+            r["multiply_adds"] / 1e6 * (3 if k >= n - train else 1),
+        )
+        for k, r in enumerate(rows)
+    ]
+    most = [
+        max(r[key] for r in rows) / unit
+        for key, unit in (("parameters", 1e3), ("activation_bytes", 1e6), ("multiply_adds", 1e6 / 3))
+    ]
+    body = "".join(
+        _stage_row(32 + 20 * k, r["stage"], k >= n - train, costs[k], most) for k, r in enumerate(rows)
+    )
+    heads = "".join(
+        _write(x, 18, name, side, 'font-weight="bold"')
+        for name, x, side in (("stage, input first", 118, "end"), *((*c, "start") for c in _COSTS))
+    )
     text = _stage_text(rows, train)
     return Drawing(_svg(40 + 20 * n, heads + body, text), text)
 
@@ -171,17 +259,29 @@ def draw_stages(rows: Sequence[dict], train: int) -> Drawing:
 def _stage_text(rows: Sequence[dict], train: int) -> str:
     t, whole, n = _totals(rows, train), _totals(rows, len(rows)), len(rows)
     lowest, highest = rows[n - train]["stage"], rows[-1]["stage"]
-    who = {train: f"The upper {train} of {n} stages train, from {lowest} on", 1: f"Only the last of {n} stages, {highest}, trains", n: f"All {n} stages train"}[train]
+    who = {
+        train: f"The upper {train} of {n} stages train, from {lowest} on",
+        1: f"Only the last of {n} stages, {highest}, trains",
+        n: f"All {n} stages train",
+    }[train]
     part = {k: _percent(t[k] / whole[k]) for k in t}
-    say = (f"{who}: {_figure(t['parameters'] / 1e3)} thousand parameters ({part['parameters']} of all), {_figure(t['megabytes'])} MB of activations kept "
-           f"for each picture of a batch ({part['megabytes']}), {part['operations']} of the operations of training all")
+    say = (
+        f"{who}: {_figure(t['parameters'] / 1e3)} thousand parameters ({part['parameters']} of "
+        f"all), {_figure(t['megabytes'])} MB of activations kept "
+        f"for each picture of a batch ({part['megabytes']}), {part['operations']} of the "
+        "operations of training all"
+    )
     return say + (f", {part['cached']} where what the frozen stages put out is kept." if train < n else ".")
 
 # %% ../../nbs/tools/widgets.ipynb #f03ff51d
 def _svg(height: float, inside: str, text: str, role: str = "img") -> str:
     "A sheet 720 wide; the title is what a screen reader says."
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height:.0f}" width="720" role="{role}" font-family="sans-serif" font-size="13" '
-            f'fill="#222"><title>{_clean(text)}</title><rect width="100%" height="100%" fill="white"/>{inside}</svg>')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 {height:.0f}" width="720" '
+        f'role="{role}" font-family="sans-serif" font-size="13" '
+        f'fill="#222"><title>{_clean(text)}</title><rect width="100%" height="100%" '
+        f'fill="white"/>{inside}</svg>'
+    )
 
 # %% ../../nbs/tools/widgets.ipynb #f1ef4295
 _WIDE = {"description_width": "9em"}
@@ -197,14 +297,20 @@ def _wired(draw: Callable[[], Drawing], controls: Sequence[Any]):
 
 # %% ../../nbs/tools/widgets.ipynb #efa019d5
 def stage_explorer(backbone: Backbone, size: int | None = None, train: int = 1, live: bool | None = None):
-    """A slider for the number of stages, from the top, that train, wired to `draw_stages`: an `ipywidgets.VBox`.
+    """A slider for the number of stages, from the top, that train, wired to `draw_stages`: an
+    `ipywidgets.VBox`.
 
-    size: of the pictures, in pixels (None: the network's own); live: as in `logits_widget`. The network is run once, on an empty picture.
+    size: of the pictures, in pixels (None: the network's own); live: as in `logits_widget`. The network is
+    run once, on an empty picture.
     """
     rows = stage_costs(backbone, size or backbone.size)
-    if not (kernel_runs() if live is None else live): return draw_stages(rows, train)
+    if not (kernel_runs() if live is None else live):
+        return draw_stages(rows, train)
     import ipywidgets as w
-    slider = w.IntSlider(train, min=1, max=len(rows), description="stages that train", style=_WIDE, layout={"width": "34em"})
+
+    slider = w.IntSlider(
+        train, min=1, max=len(rows), description="stages that train", style=_WIDE, layout={"width": "34em"}
+    )
     return _wired(lambda: draw_stages(rows, slider.value), [slider])
 
 # %% ../../nbs/tools/widgets.ipynb #95ba50ab
@@ -218,30 +324,70 @@ def _nice(most: float) -> list[float]:
 def _tick(v: float) -> str: return f"{v:.0e}".replace("e-0", "e-") if 0 < v < 1e-3 else f"{v:g}"
 
 # %% ../../nbs/tools/widgets.ipynb #562c5453
-def _panel(box: tuple[float, float, float, float], x_most: float, ticks: tuple[Sequence[float], Sequence[float]], labels: tuple[str, str]):
-    "(x, y, svg): functions from values to places inside `box` (left, top, width, height), and the axes around it."
+def _panel(
+    box: tuple[float, float, float, float],
+    x_most: float,
+    ticks: tuple[Sequence[float], Sequence[float]],
+    labels: tuple[str, str],
+):
+    """(x, y, svg): functions from values to places inside `box` (left, top, width, height), and the axes
+    around it.
+    """
     left, top, width, height = box
-    def x(v): return left + width * v / (x_most or 1)
-    def y(v): return top + height * (1 - v / ticks[1][-1])
-    lines = "".join(f'<path d="M{left} {y(v):.1f}h{width}" stroke="#ddd"/>' + _write(left - 6, y(v) + 4, _tick(v), "end") for v in ticks[1])
-    marks = "".join(f'<path d="M{x(v):.1f} {top + height}v5" stroke="#444"/>' + _write(x(v), top + height + 18, f"{v:g}") for v in ticks[0])
-    words = _write(left + width / 2, top + height + 36, labels[0]) + _write(left - 40, top - 10, labels[1], "start", 'font-weight="bold"')
+
+    def x(v):
+        return left + width * v / (x_most or 1)
+
+    def y(v):
+        return top + height * (1 - v / ticks[1][-1])
+
+    lines = "".join(
+        f'<path d="M{left} {y(v):.1f}h{width}" stroke="#ddd"/>' + _write(left - 6, y(v) + 4, _tick(v), "end")
+        for v in ticks[1]
+    )
+    marks = "".join(
+        f'<path d="M{x(v):.1f} {top + height}v5" stroke="#444"/>' + _write(x(v), top + height + 18, f"{v:g}")
+        for v in ticks[0]
+    )
+    words = _write(left + width / 2, top + height + 36, labels[0]) + _write(
+        left - 40, top - 10, labels[1], "start", 'font-weight="bold"'
+    )
     return x, y, lines + marks + words + f'<path d="M{left} {top + height}h{width}" stroke="#444"/>'
 
 # %% ../../nbs/tools/widgets.ipynb #9181442d
 def _line(points: Sequence[tuple[float, float]], colour: str, more: str = "") -> str:
-    return '<path d="M' + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) + f'" fill="none" stroke="{colour}" stroke-width="2" {more}/>' if points else ""
+    return (
+        '<path d="M'
+        + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        + f'" fill="none" stroke="{colour}" stroke-width="2" {more}/>'
+        if points
+        else ""
+    )
 
 # %% ../../nbs/tools/widgets.ipynb #e0b0fef8
-def draw_schedule(name: str = "cosine", steps: int = 100, bases: Sequence[float] = (3e-4,), warmup: float = .1,
-                  names: Sequence[str] | None = None) -> Drawing:
-    """Rate by step for groups with the rates `bases` at factor 1, the highest first; takes and raises what `rate_table` does."""
-    if not len(bases) or min(bases) <= 0: raise SFTError(f"rates {list(bases)}: give one or more, each above 0.")
-    table, names = rate_table(name, steps, bases, warmup), names or [f"group {k}" for k in range(1, len(bases) + 1)]
+def draw_schedule(
+    name: str = "cosine",
+    steps: int = 100,
+    bases: Sequence[float] = (3e-4,),
+    warmup: float = 0.1,
+    names: Sequence[str] | None = None,
+) -> Drawing:
+    """Rate by step for groups with the rates `bases` at factor 1, the highest first; takes and raises what
+    `rate_table` does.
+    """
+    if not len(bases) or min(bases) <= 0:
+        raise SFTError(f"rates {list(bases)}: give one or more, each above 0.")
+    table, names = (
+        rate_table(name, steps, bases, warmup),
+        names or [f"group {k}" for k in range(1, len(bases) + 1)],
+    )
     marks = range(0, steps, max(1, round(_nice(max(steps - 1, 1))[1])))
     x, y, axes = _panel((66, 34, 500, 220), max(steps - 1, 1), (marks, _nice(max(bases))), ("step", "rate"))
     shades = _shades(len(bases))
-    lines = "".join(_line([(x(t), y(v)) for t, v in enumerate(table[:, k])], shades[k]) for k in reversed(range(len(bases))))
+    lines = "".join(
+        _line([(x(t), y(v)) for t, v in enumerate(table[:, k])], shades[k])
+        for k in reversed(range(len(bases)))
+    )
     text = _schedule_text(name, table)
     return Drawing(_svg(300, axes + lines + _legend(names, bases, shades), text), text)
 
@@ -249,42 +395,67 @@ def draw_schedule(name: str = "cosine", steps: int = 100, bases: Sequence[float]
 def _shades(n: int) -> list[str]:
     "n colours from a dark orange, of the head, to a light one."
     dark, light = (140, 80, 0), (250, 205, 120)
-    return ["#" + "".join(f"{round(a + (b - a) * k / max(n - 1, 1)):02x}" for a, b in zip(dark, light)) for k in range(n)]
+    return [
+        "#" + "".join(f"{round(a + (b - a) * k / max(n - 1, 1)):02x}" for a, b in zip(dark, light))
+        for k in range(n)
+    ]
 
 def _legend(names: Sequence[str], bases: Sequence[float], shades: Sequence[str], most: int = 12) -> str:
     "Names with their highest rates beside the lines; of many the first and the last."
     rows = list(zip(names, bases, shades))
-    if len(rows) > most: rows = rows[:most - 2] + [("…", None, "none"), rows[-1]]
-    return "".join(f'<path d="M584 {44 + 18 * k}h18" stroke="{c}" stroke-width="4"/>' + _write(608, 48 + 18 * k, _cut(n, 9), "start")
-                   + (_write(714, 48 + 18 * k, f"{b:.1e}".replace("e-0", "e-"), "end") if b else "") for k, (n, b, c) in enumerate(rows))
+    if len(rows) > most:
+        rows = rows[: most - 2] + [("…", None, "none"), rows[-1]]
+    return "".join(
+        f'<path d="M584 {44 + 18 * k}h18" stroke="{c}" stroke-width="4"/>'
+        + _write(608, 48 + 18 * k, _cut(n, 9), "start")
+        + (_write(714, 48 + 18 * k, f"{b:.1e}".replace("e-0", "e-"), "end") if b else "")
+        for k, (n, b, c) in enumerate(rows)
+    )
 
 # %% ../../nbs/tools/widgets.ipynb #866aa4c0
 def _schedule_text(name: str, table: Any) -> str:
     head, n, top = table[:, 0], table.shape[1], int(table[:, 0].argmax())
-    say = (f"{name}, {len(head)} steps: the rate of the {'head' if n > 1 else 'network'} starts at {head[0]:.1e}, is highest at step {top} "
-           f"with {head[top]:.1e}, and ends at {head[-1]:.1e}.")
-    if n == 1: return say
-    return say + f" The lowest of {n} stages has {table[top, -1] / head[top]:.2g} of that at every step, at most {table[top, -1]:.1e}."
+    say = (
+        f"{name}, {len(head)} steps: the rate of the {'head' if n > 1 else 'network'} starts at "
+        f"{head[0]:.1e}, is highest at step {top} "
+        f"with {head[top]:.1e}, and ends at {head[-1]:.1e}."
+    )
+    if n == 1:
+        return say
+    return say + (
+        f" The lowest of {n} stages has {table[top, -1] / head[top]:.2g} of that at every step, at "
+        f"most {table[top, -1]:.1e}."
+    )
 
 # %% ../../nbs/tools/widgets.ipynb #47f2241e
 def schedule_explorer(stages: int = 6, live: bool | None = None):
-    """Controls for name, steps, warm-up, peak rate and decay by depth, wired to `draw_schedule` for the head and the `stages` - 1 stages
-    below it: an `ipywidgets.VBox`; live: as in `logits_widget`."""
+    """Controls for name, steps, warm-up, peak rate and decay by depth, wired to `draw_schedule` for the head
+    and the `stages` - 1 stages below it: an `ipywidgets.VBox`; live: as in `logits_widget`.
+    """
     names = ["head", *(f"{k} below" for k in range(1, stages))]
-    def draw(name, steps, warmup, peak, decay): return draw_schedule(name, steps, [peak * decay**k for k in range(stages)], warmup, names)
-    if not (kernel_runs() if live is None else live): return draw("cosine", 100, .1, 3e-4, .6)
+
+    def draw(name, steps, warmup, peak, decay):
+        return draw_schedule(name, steps, [peak * decay**k for k in range(stages)], warmup, names)
+
+    if not (kernel_runs() if live is None else live):
+        return draw("cosine", 100, 0.1, 3e-4, 0.6)
     controls = _rate_controls()
     return _wired(lambda: draw(*(c.value for c in controls)), controls)
 
 # %% ../../nbs/tools/widgets.ipynb #eb63cdfc
 def _rate_controls() -> list:
     import ipywidgets as w
+
     how = {"style": _WIDE, "layout": {"width": "34em"}}
-    return [w.SelectionSlider(options=list(SCHEDULES), value="cosine", description="schedule", **how),
-            w.IntSlider(100, min=10, max=400, step=10, description="steps", **how),
-            w.FloatSlider(.1, min=0, max=.9, step=.05, description="warm-up, share", **how),
-            w.FloatLogSlider(3e-4, min=-5, max=-1, step=.1, readout_format=".1e", description="peak rate", **how),
-            w.FloatSlider(.6, min=.3, max=1, step=.05, description="decay by depth", **how)]
+    return [
+        w.SelectionSlider(options=list(SCHEDULES), value="cosine", description="schedule", **how),
+        w.IntSlider(100, min=10, max=400, step=10, description="steps", **how),
+        w.FloatSlider(0.1, min=0, max=0.9, step=0.05, description="warm-up, share", **how),
+        w.FloatLogSlider(
+            3e-4, min=-5, max=-1, step=0.1, readout_format=".1e", description="peak rate", **how
+        ),
+        w.FloatSlider(0.6, min=0.3, max=1, step=0.05, description="decay by depth", **how),
+    ]
 
 # %% ../../nbs/tools/widgets.ipynb #a8a7a068
 ORDERS = ("least sure first", "surest first", "as they come")
@@ -292,25 +463,45 @@ ORDERS = ("least sure first", "surest first", "as they come")
 def _check_choices(classes: Sequence[str], **given) -> None:
     for what, value in given.items():
         allowed = {"which": ("all", "right", "wrong"), "order": ORDERS}.get(what, (None, *classes))
-        if value not in allowed: raise SFTError(f"{what} = {value!r}: use one of {', '.join(map(str, allowed[:8]))}{', …' * (len(allowed) > 8)}.")
+        if value not in allowed:
+            raise SFTError(
+                (
+                    f"{what} = {value!r}: use one of "
+                    f"{', '.join(map(str, allowed[:8]))}{', …' * (len(allowed) > 8)}."
+                )
+            )
 
 # %% ../../nbs/tools/widgets.ipynb #a8f8ef96
-def sift(e: Evaluation, truth: str | None = None, said: str | None = None, which: str = "all", order: str = ORDERS[0]) -> np.ndarray:
-    """Indices of the pictures of class `truth` that were taken for class `said` (None: any): `which` of them, `all`, `right` or `wrong`,
-    in that `order`, one of ORDERS.
+def sift(
+    e: Evaluation,
+    truth: str | None = None,
+    said: str | None = None,
+    which: str = "all",
+    order: str = ORDERS[0],
+) -> np.ndarray:
+    """Indices of the pictures of class `truth` that were taken for class `said` (None: any): `which` of them,
+    `all`, `right` or `wrong`, in that `order`, one of ORDERS.
 
     Raises `SFTError` for what is not a class of `e`, or none of the choices.
     """
     _check_choices(e.classes, truth=truth, said=said, which=which, order=order)
     keep = np.ones(len(e), bool) if which == "all" else e.right == (which == "right")
-    if truth is not None: keep &= e.labels == e.classes.index(truth)
-    if said is not None: keep &= e.predictions == e.classes.index(said)
+    if truth is not None:
+        keep &= e.labels == e.classes.index(truth)
+    if said is not None:
+        keep &= e.predictions == e.classes.index(said)
     rows = np.flatnonzero(keep)
-    return rows if order == ORDERS[2] else rows[np.argsort(e.confidence[rows] * (1 if order == ORDERS[0] else -1), kind="stable")]
+    return (
+        rows
+        if order == ORDERS[2]
+        else rows[np.argsort(e.confidence[rows] * (1 if order == ORDERS[0] else -1), kind="stable")]
+    )
 
 # %% ../../nbs/tools/widgets.ipynb #eaeb3541
 def _thumbnail(x: np.ndarray, side: int = 112) -> str:
-    "A picture uint8 (s, s, 3), at most `side` wide, as a data address: it stands inside the drawing and needs no file."
+    """A picture uint8 (s, s, 3), at most `side` wide, as a data address: it stands inside the drawing and
+    needs no file.
+    """
     file, image = BytesIO(), Image.fromarray(np.ascontiguousarray(x))
     image.thumbnail((side, side))
     image.save(file, "JPEG", quality=85)
@@ -318,68 +509,136 @@ def _thumbnail(x: np.ndarray, side: int = 112) -> str:
 
 # %% ../../nbs/tools/widgets.ipynb #2ab94b3a
 def _photo(k: int, e: Evaluation, x: np.ndarray) -> str:
-    "Picture k of a page, at its place in six columns: what it is, and whether the network said so, in words, a sign and a colour."
+    """Picture k of a page, at its place in six columns: what it is, and whether the network said so, in
+    words, a sign and a colour.
+    """
     left, top, right, sure = 6 + 119 * (k % 6), 8 + 164 * (k // 6), e.right[k], e.confidence[k]
     truth, said, colour = e.classes[e.labels[k]], e.classes[e.predictions[k]], GREEN if right else ORANGE
-    alt = _clean(f"{e.paths[k]}: {truth}, {'rightly' if right else 'wrongly'} taken for {said} with probability {sure:.2f}")
+    alt = _clean(
+        (
+            f"{e.paths[k]}: {truth}, {'rightly' if right else 'wrongly'} taken for {said} with "
+            f"probability {sure:.2f}"
+        )
+    )
     image = f'<image x="{left}" y="{top}" width="112" height="112" href="{_thumbnail(x)}"/>'
-    frame = f'<rect x="{left - 1.5:.1f}" y="{top - 1.5:.1f}" width="115" height="115" fill="none" stroke="{colour}" stroke-width="3"/>'
-    words = (_write(left, top + 129, _cut(truth, 16), "start", 'font-weight="bold" font-size="12"')
-             + _write(left, top + 145, f"✓ right, {sure:.2f}" if right else f"✗ {_cut(said, 11)}, {sure:.2f}", "start", 'font-size="12"'))
+    frame = (
+        f'<rect x="{left - 1.5:.1f}" y="{top - 1.5:.1f}" width="115" height="115" fill="none" '
+        f'stroke="{colour}" stroke-width="3"/>'
+    )
+    words = _write(left, top + 129, _cut(truth, 16), "start", 'font-weight="bold" font-size="12"') + _write(
+        left,
+        top + 145,
+        f"✓ right, {sure:.2f}" if right else f"✗ {_cut(said, 11)}, {sure:.2f}",
+        "start",
+        'font-size="12"',
+    )
     return f'<g role="img" aria-label="{alt}"><title>{alt}</title>{image}{frame}{words}</g>'
 
 # %% ../../nbs/tools/widgets.ipynb #a908aa02
-def draw_pictures(e: Evaluation, pixels: np.ndarray, rows: Sequence[int], page: int = 1, what: str = "pictures", per_page: int = 12) -> Drawing:
-    "A page of those of `rows` of an evaluation, whose `pixels` are uint8 (n, s, s, 3): each with its label, the prediction and its probability."
+def draw_pictures(
+    e: Evaluation,
+    pixels: np.ndarray,
+    rows: Sequence[int],
+    page: int = 1,
+    what: str = "pictures",
+    per_page: int = 12,
+) -> Drawing:
+    """A page of those of `rows` of an evaluation, whose `pixels` are uint8 (n, s, s, 3): each with its label,
+    the prediction and its probability.
+    """
     if len(pixels) != len(e):
-        raise SFTError(f"browse: {len(pixels)} pictures and an evaluation of {len(e)}; give the pictures that were evaluated, in the same order.")
+        raise SFTError(
+            (
+                f"browse: {len(pixels)} pictures and an evaluation of {len(e)}; give the pictures that "
+                "were evaluated, in the same order."
+            )
+        )
     skip = (page - 1) * per_page
-    here = np.asarray(rows, int)[skip:skip + per_page]
-    if not len(here): return Drawing(_svg(70, _write(360, 40, f"There are no {what}."), f"There are no {what}."), f"There are no {what}.")
+    here = np.asarray(rows, int)[skip : skip + per_page]
+    if not len(here):
+        return Drawing(
+            _svg(70, _write(360, 40, f"There are no {what}."), f"There are no {what}."),
+            f"There are no {what}.",
+        )
     shown = e.take(here)  # the whole evaluation may be large: only what is on the page is judged
     photos = "".join(_photo(k, shown, pixels[i]) for k, i in enumerate(here))
-    text = f"{skip + 1} to {skip + len(here)} of {len(rows)} {what}; of those on this page the network got {int(shown.right.sum())} right. {_first(shown)}"
+    text = (
+        f"{skip + 1} to {skip + len(here)} of {len(rows)} {what}; of those on this page the network "
+        f"got {int(shown.right.sum())} right. {_first(shown)}"
+    )
     return Drawing(_svg(164 * math.ceil(len(here) / 6) + 4, photos, text, "group"), text)
 
 def _first(e: Evaluation) -> str:
-    return f"The first is {e.classes[e.labels[0]]}, taken for {e.classes[e.predictions[0]]} with probability {e.confidence[0]:.2f}."
+    return (
+        f"The first is {e.classes[e.labels[0]]}, taken for {e.classes[e.predictions[0]]} with "
+        f"probability {e.confidence[0]:.2f}."
+    )
 
 # %% ../../nbs/tools/widgets.ipynb #3017e03c
 def browse(found: Result | Evaluation, pixels: np.ndarray | None = None, live: bool | None = None):
-    """Controls for truth, prediction, right or wrong, order and page, wired to `sift` and `draw_pictures`: an `ipywidgets.VBox`.
+    """Controls for truth, prediction, right or wrong, order and page, wired to `sift` and `draw_pictures`: an
+    `ipywidgets.VBox`.
 
-    found: a `Result` that was just fitted, which knows its test pictures, or an `Evaluation` with its `pixels`, uint8 (n, s, s, 3).
-    live: as in `logits_widget`; without a kernel the mistakes are drawn. Raises `SFTError` where the pictures are missing.
+    found: a `Result` that was just fitted, which knows its test pictures, or an `Evaluation` with its
+    `pixels`, uint8 (n, s, s, 3).
+    live: as in `logits_widget`; without a kernel the mistakes are drawn. Raises `SFTError` where the
+    pictures are missing.
     """
-    e, pixels = (found, pixels) if hasattr(found, "logits") else (found.test, found.pixels if pixels is None else pixels)
+    e, pixels = (
+        (found, pixels)
+        if hasattr(found, "logits")
+        else (found.test, found.pixels if pixels is None else pixels)
+    )
     if e is None or pixels is None:
-        raise SFTError("browse: there are no pictures to show; give a Result of fine_tune, or an Evaluation and its pixels.")
-    if not (kernel_runs() if live is None else live): return draw_pictures(e, pixels, sift(e, which="wrong"), what="wrong pictures, least sure first")
+        raise SFTError(
+            (
+                "browse: there are no pictures to show; give a Result of fine_tune, or an Evaluation "
+                "and its pixels."
+            )
+        )
+    if not (kernel_runs() if live is None else live):
+        return draw_pictures(e, pixels, sift(e, which="wrong"), what="wrong pictures, least sure first")
     *_, which, order, page = controls = _browse_controls(e.classes)
     kept = lru_cache(lambda *choices: sift(e, *choices))
+
     def rows():
         truth, said = (None if c.value < 0 else e.classes[c.value] for c in controls[:2])
         return kept(truth, said, which.value, order.value)
-    def what(): return f"{'' if which.value == 'all' else which.value + ' '}pictures, {order.value}"
-    def turn_back(_=None): page.max, page.value = max(1, math.ceil(len(rows()) / 12)), 1
-    for control in controls[:4]: control.observe(turn_back, "value")
+
+    def what():
+        return f"{'' if which.value == 'all' else which.value + ' '}pictures, {order.value}"
+
+    def turn_back(_=None):
+        page.max, page.value = max(1, math.ceil(len(rows()) / 12)), 1
+
+    for control in controls[:4]:
+        control.observe(turn_back, "value")
     turn_back()
     return _wired(lambda: draw_pictures(e, pixels, rows(), page.value, what()), controls)
 
 # %% ../../nbs/tools/widgets.ipynb #9caaaa57
 def _browse_controls(classes: Sequence[str]) -> list:
     import ipywidgets as w
-    how, names = {"style": _WIDE, "layout": {"width": "34em"}}, [("any class", -1), *((_plain(c), k) for k, c in enumerate(classes))]
+
+    how, names = (
+        {"style": _WIDE, "layout": {"width": "34em"}},
+        [("any class", -1), *((_plain(c), k) for k, c in enumerate(classes))],
+    )
     buttons = {"style": {**_WIDE, "button_width": "7em"}, "layout": {"width": "40em"}}
-    return [w.SelectionSlider(options=names, description="label", **how), w.SelectionSlider(options=names, description="prediction", **how),
-            w.ToggleButtons(options=["all", "right", "wrong"], value="wrong", description="show", **buttons),
-            w.SelectionSlider(options=ORDERS, description="order", **how), w.IntSlider(1, min=1, max=1, description="page", **how)]
+    return [
+        w.SelectionSlider(options=names, description="label", **how),
+        w.SelectionSlider(options=names, description="prediction", **how),
+        w.ToggleButtons(options=["all", "right", "wrong"], value="wrong", description="show", **buttons),
+        w.SelectionSlider(options=ORDERS, description="order", **how),
+        w.IntSlider(1, min=1, max=1, description="page", **how),
+    ]
 
 # %% ../../nbs/tools/widgets.ipynb #wux00001
 def _named(result: Result, content: bytes) -> str:
     "The image in `content` and what `result` says it is, as HTML; a sentence where it is no image."
     import base64
     from PIL import Image, ImageOps
+
     try:
         with Image.open(BytesIO(content)) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
@@ -389,7 +648,9 @@ def _named(result: Result, content: bytes) -> str:
     image.thumbnail((224, 224))
     small = BytesIO()
     image.save(small, "JPEG", quality=85)
-    shown = f'<img alt="your image" src="data:image/jpeg;base64,{base64.b64encode(small.getvalue()).decode()}">'
+    shown = (
+        f'<img alt="your image" src="data:image/jpeg;base64,{base64.b64encode(small.getvalue()).decode()}">'
+    )
     return f'{shown}<p role="status">{_clean(said.label)}: {said.probability:.0%}</p>'
 
 # %% ../../nbs/tools/widgets.ipynb #wux00002
@@ -401,13 +662,18 @@ def upload_widget(result: Result, live: bool | None = None):
     if not (kernel_runs() if live is None else live):
         return "Run this cell to choose an image of your own."
     import ipywidgets as w
-    button = w.FileUpload(accept="image/*", multiple=False, description="An image of yours", layout={"width": "16em"})
+
+    button = w.FileUpload(
+        accept="image/*", multiple=False, description="An image of yours", layout={"width": "16em"}
+    )
     place = w.HTML()
 
     def show(change):
         files = change["new"]
-        first = next(iter(files.values() if isinstance(files, dict) else files), None)  # ipywidgets 7 has a dict
-        if first is not None: place.value = _named(result, bytes(first["content"]))
+        # ipywidgets 7 has a dict
+        first = next(iter(files.values() if isinstance(files, dict) else files), None)
+        if first is not None:
+            place.value = _named(result, bytes(first["content"]))
 
     button.observe(show, "value")
     return w.VBox([button, place])
@@ -415,34 +681,54 @@ def upload_widget(result: Result, live: bool | None = None):
 # %% ../../nbs/tools/widgets.ipynb #d2ece1dc
 def _finite(row: dict, key: str) -> float | None:
     "The number under a key of a history's row, or None; a history that was read from a file holds text."
-    try: return float(row[key]) if math.isfinite(float(row[key])) else None
-    except (KeyError, TypeError, ValueError): return None
+    try:
+        return float(row[key]) if math.isfinite(float(row[key])) else None
+    except (KeyError, TypeError, ValueError):
+        return None
 
 def _series(history: Sequence[dict], key: str) -> list[tuple[int, float]]:
     return [(i, v) for i, r in enumerate(history) if (v := _finite(r, key)) is not None]
 
-def _name_phase(train: Any) -> str: return {"head": "head", "all": "all stages"}.get(str(train), f"upper {train}")
+def _name_phase(train: Any) -> str:
+    return {"head": "head", "all": "all stages"}.get(str(train), f"upper {train}")
 
 # %% ../../nbs/tools/widgets.ipynb #fb644965
 def draw_history(history: Sequence[dict]) -> Drawing:
-    "Loss and accuracy after each epoch of a fit; `history`: rows with `phase`, `train`, `epoch`, `train_loss`, `val_loss` and `val_accuracy`."
-    if not history: return Drawing(_svg(60, _write(360, 34, "No epoch has ended yet."), "No epoch has ended yet."), "No epoch has ended yet.")
+    """Loss and accuracy after each epoch of a fit; `history`: rows with `phase`, `train`, `epoch`,
+    `train_loss`, `val_loss` and `val_accuracy`.
+    """
+    if not history:
+        return Drawing(
+            _svg(60, _write(360, 34, "No epoch has ended yet."), "No epoch has ended yet."),
+            "No epoch has ended yet.",
+        )
     train, held, right = (_series(history, k) for k in ("train_loss", "val_loss", "val_accuracy"))
     last = len(history) - 1
     marks = range(0, last + 1, max(1, math.ceil(last / 7)))
-    def panel(left, most, label): return _panel((left, 50, 280, 180), max(last, 1), ([], _nice(most)), ("epoch, of all phases", label))
+
+    def panel(left, most, label):
+        return _panel((left, 50, 280, 180), max(last, 1), ([], _nice(most)), ("epoch, of all phases", label))
+
     x, y, axes = panel(52, max([v for _, v in train + held], default=0) or 1, "loss (nats)")
     u, v, more = panel(420, 1, "accuracy")
     numbers = "".join(_write(f(i), 248, str(i + 1)) for f in (x, u) for i in marks)
     curves = _curve(train, x, y, TRAINED, "5 3") + _curve(held, x, y, FROZEN) + _curve(right, u, v, FROZEN)
     text = _history_text(history, train, held, right)
-    return Drawing(_svg(280, axes + more + numbers + curves + _phases(history, (x, u)) + _HISTORY_KEY, text), text)
+    return Drawing(
+        _svg(280, axes + more + numbers + curves + _phases(history, (x, u)) + _HISTORY_KEY, text), text
+    )
 
 # %% ../../nbs/tools/widgets.ipynb #389356cb
-_HISTORY_KEY = (f'<path d="M160 36h24" stroke="{TRAINED}" stroke-width="2" stroke-dasharray="5 3"/>' + _write(190, 40, "training", "start")
-                + f'<path d="M256 36h24" stroke="{FROZEN}" stroke-width="2"/>' + _write(286, 40, "held back", "start"))
+_HISTORY_KEY = (
+    f'<path d="M160 36h24" stroke="{TRAINED}" stroke-width="2" stroke-dasharray="5 3"/>'
+    + _write(190, 40, "training", "start")
+    + f'<path d="M256 36h24" stroke="{FROZEN}" stroke-width="2"/>'
+    + _write(286, 40, "held back", "start")
+)
 
-def _curve(points: Sequence[tuple[int, float]], x: Callable, y: Callable, colour: str, dashes: str = "") -> str:
+def _curve(
+    points: Sequence[tuple[int, float]], x: Callable, y: Callable, colour: str, dashes: str = ""
+) -> str:
     "A line and its points."
     at = [(x(i), y(v)) for i, v in points]
     dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{colour}"/>' for a, b in at)
@@ -452,25 +738,42 @@ def _curve(points: Sequence[tuple[int, float]], x: Callable, y: Callable, colour
 def _phases(history: Sequence[dict], scales: Sequence[Callable]) -> str:
     "A dotted line where a phase begins, with what trains in it."
     starts = [i for i, r in enumerate(history) if not i or r.get("phase") != history[i - 1].get("phase")]
-    halo = 'font-size="11" fill="#555" paint-order="stroke" stroke="white" stroke-width="4"'  # words stay readable where a line crosses them
-    def line(x, i): return f'<path d="M{x(i - .5):.1f} 50v180" stroke="#888" stroke-dasharray="2 3"/>' if i else ""
-    def name(x, i, k): return _write(x(max(i - .5, 0)) + 4, 62 + 13 * (k % 3), _name_phase(history[i].get("train")), "start", halo)
+    # words stay readable where a line crosses them
+    halo = 'font-size="11" fill="#555" paint-order="stroke" stroke="white" stroke-width="4"'
+
+    def line(x, i):
+        return f'<path d="M{x(i - 0.5):.1f} 50v180" stroke="#888" stroke-dasharray="2 3"/>' if i else ""
+
+    def name(x, i, k):
+        return _write(
+            x(max(i - 0.5, 0)) + 4, 62 + 13 * (k % 3), _name_phase(history[i].get("train")), "start", halo
+        )
+
     return "".join(line(x, i) + name(x, i, k) for k, i in enumerate(starts) for x in scales)
 
 # %% ../../nbs/tools/widgets.ipynb #cb778295
 def _history_text(history: Sequence[dict], train: list, held: list, right: list) -> str:
     r = history[-1]
     say = f"Phase {r.get('phase')} ({_name_phase(r.get('train'))}), epoch {r.get('epoch')}: "
-    parts = [f"loss {s[-1][1]:.2f} on {where} pictures" for s, where in ((train, "training"), (held, "held-back")) if s and s[-1][0] == len(history) - 1]
+    parts = [
+        f"loss {s[-1][1]:.2f} on {where} pictures"
+        for s, where in ((train, "training"), (held, "held-back"))
+        if s and s[-1][0] == len(history) - 1
+    ]
     say += (", ".join(parts) or "the loss is not a number") + "."
-    if not right: return say
+    if not right:
+        return say
     best = max(right, key=lambda p: p[1])
-    return say + f" Accuracy on held-back pictures is {right[-1][1]:.3f}, at best {best[1]:.3f} after epoch {best[0] + 1} of all {len(history)}."
+    return say + (
+        f" Accuracy on held-back pictures is {right[-1][1]:.3f}, at best {best[1]:.3f} after epoch "
+        f"{best[0] + 1} of all {len(history)}."
+    )
 
 # %% ../../nbs/tools/widgets.ipynb #ea54ff4e
 class LiveCurve:
-    """Give it to `fine_tune` as `watch`: it draws the curve of the fit after every epoch, in one place, where a notebook's kernel runs.
-    `drawing` is the last one."""
+    """Give it to `fine_tune` as `watch`: it draws the curve of the fit after every epoch, in one place, where
+    a notebook's kernel runs. `drawing` is the last one.
+    """
 
     def __init__(self, live: bool | None = None):
         self.live, self.drawing, self._place = kernel_runs() if live is None else live, draw_history([]), None
@@ -479,12 +782,16 @@ class LiveCurve:
     def __call__(self, row: dict) -> None:
         self.history.append(row)
         self.drawing = draw_history(self.history)
-        if self.live: self._show({"text/html": _shown(self.drawing), "text/plain": self.drawing.text})
+        if self.live:
+            self._show({"text/html": _shown(self.drawing), "text/plain": self.drawing.text})
 
     def _show(self, bundle: dict) -> None:
         from IPython.display import display
-        if self._place is None: self._place = display(bundle, raw=True, display_id=True)
-        else: self._place.update(bundle, raw=True)
+
+        if self._place is None:
+            self._place = display(bundle, raw=True, display_id=True)
+        else:
+            self._place.update(bundle, raw=True)
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         return self.drawing._repr_mimebundle_()
