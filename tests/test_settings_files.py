@@ -106,8 +106,8 @@ def test_the_package_works_inside_a_zip_file(tmp_path):
     import subprocess
     import sys
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as z:
-        for f in (REPO / "sft_course").glob("*.py"):
-            z.write(f, f"sft_course/{f.name}")
+        for f in (REPO / "sft_course").rglob("*.py"):
+            z.write(f, f.relative_to(REPO))
         z.write(REPO / "settings.ini", "sft_course/settings.ini")
     code = """
 from sft_course.tools.settings import SFTError, load_settings
