@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from .tools.figures import PALETTE
 from .tools.settings import SFTError
-from .data import PixelCache, to_input, plain_view
+from .tools.pixels import PixelCache
+from .data import to_input, plain_view
 from .backbones import Backbone
 from .loop import predict_logits
 from .freezing import pictures_at_once

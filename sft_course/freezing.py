@@ -25,7 +25,8 @@ from .tools.settings import load_settings, SFTError
 from .tools.torch_state import own_torch_state, pick_device
 from .tools.figures import progress
 from .tools.files import whole_file
-from .data import to_input, PixelCache, plain_view, random_view
+from .data import to_input, plain_view, random_view
+from .tools.pixels import PixelCache
 from .backbones import Backbone, evaluation_mode, new_head, open_backbone
 from .loop import batches, copy_state, predict_logits, score
 
@@ -194,7 +195,7 @@ def pictures_at_once(device, size: int) -> int:
 # %% ../nbs/05_frozen_head.ipynb #d1c0de50
 import functools, types
 from dataclasses import replace
-from .data import evict, free_memory
+from .tools.budget import evict, free_memory
 
 # %% ../nbs/05_frozen_head.ipynb #55551cc6
 def weights_key(module: nn.Module) -> str:

@@ -22,7 +22,8 @@ from .tools.settings import SFTError, load_settings
 from .tools.torch_state import pick_device, seeded
 from .tools.figures import progress
 from .tools.files import whole_file
-from .data import PixelCache, to_input, plain_view, random_view
+from .tools.pixels import PixelCache
+from .data import to_input, plain_view, random_view
 from .backbones import Backbone, mismatched_keys, new_head, open_backbone
 
 # %% ../nbs/04_loop.ipynb #4f582be7

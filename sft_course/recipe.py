@@ -21,7 +21,11 @@ from .tools.settings import SFTError, Settings, load_settings
 from .tools.datasets import open_dataset
 from .tools.torch_state import pick_device
 from .tools.files import whole_file
-from .data import Catalog, decode_once, decoded_size, to_input, plain_view, random_view, read_picture, scan
+from .tools.catalog import Catalog
+from .tools.pixels import decode_once
+from .data import decoded_size, to_input, plain_view, random_view
+from .tools.decoding import read_picture
+from .tools.intake import scan
 from .backbones import stage_costs, Backbone, mismatched_keys, new_head, open_backbone
 from .loop import Diverged, Score, batches, copy_state, fit, predict_logits, read_checkpoint, score
 from .freezing import EveryStage, HeadChoice, Rows, activations, choose_head, fit_wide_head, fold_for, head_logits, pictures_at_once, split_at, stage_features
@@ -108,7 +112,9 @@ from PIL import Image
 from torch import nn
 from .tools.settings import expanded
 from .tools.torch_state import own_torch_state
-from .data import images_below, printable, why_unreadable
+from .tools.folders import images_below
+from .tools.catalog import printable
+from .tools.decoding import why_unreadable
 from .backbones import as_backbone
 
 # %% ../nbs/09_recipe.ipynb #6b32f003
@@ -165,7 +171,10 @@ class Result:
 
 # %% ../nbs/09_recipe.ipynb #12c649ff
 from importlib import import_module
-from .data import leaks_between_parts, open_data, require_memory, require_test
+from .tools.problems import leaks_between_parts
+from .tools.given import open_data
+from .tools.budget import require_memory
+from .tools.catalog import require_test
 from .backbones import Stage, fitting_size, load_weights
 from .loop import save_checkpoint
 from .freezing import Recomputed, weights_key

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from .tools.settings import SFTError, load_settings
 from .tools.torch_state import pick_device, seeded
-from .data import PixelCache, to_input, plain_view, random_view
+from .tools.pixels import PixelCache
+from .data import to_input, plain_view, random_view
 from .backbones import Backbone, new_head, open_backbone
 from .loop import add_gradients, batches, copy_state, predict_logits, score
 from .freezing import exact_head

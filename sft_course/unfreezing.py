@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from .tools.settings import SFTError, load_settings
 from .tools.torch_state import pick_device
-from .data import PixelCache, to_input, plain_view, random_view
+from .tools.pixels import PixelCache
+from .data import to_input, plain_view, random_view
 from .backbones import Backbone, stage_costs, new_head, open_backbone
 from .loop import batches, copy_state, predict_logits, score
 from .freezing import exact_head

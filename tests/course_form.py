@@ -44,7 +44,6 @@ TOOLS_MOST = {"line": LINE, "long": 0}
 # What is above a limit and may stay for now. Written by --update; a value may be lowered at any time.
 ALLOWED: dict[str, dict[str, float]] = {
     "00_concepts": {"cells": 120, "exported": 348, "line": 173, "long": 54},
-    "01_data": {"cells": 436, "words": 4683, "exported": 1593, "line": 226, "long": 334},
     "02_backbones": {"cells": 219, "words": 3889, "exported": 507, "line": 199, "long": 126},
     "03_loss": {"cells": 159, "words": 3408, "line": 302, "long": 86},
     "04_loop": {"cells": 231, "words": 3879, "exported": 306, "line": 149, "long": 129},

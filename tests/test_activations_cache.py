@@ -13,7 +13,9 @@ from torch import fx, nn
 from sft_course import freezing
 from sft_course.backbones import open_backbone
 from sft_course.tools.settings import SFTError
-from sft_course.data import decode_once, plain_view, scan
+from sft_course.tools.pixels import decode_once
+from sft_course.data import plain_view
+from sft_course.tools.intake import scan
 from sft_course.freezing import Recomputed, Rows, activations, fit_head, lower_code, split_at, stage_features, weights_key
 
 

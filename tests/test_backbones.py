@@ -45,7 +45,9 @@ def test_bundled_weights_know_ants_and_bees(photos):
     "The right normalisation: with ImageNet's own mean and std instead of 0.5 the share of right words falls by a seventh."
     from timm.data import ImageNetInfo
 
-    from sft_course.data import decoded_size, read_picture, scan
+    from sft_course.data import decoded_size
+    from sft_course.tools.decoding import read_picture
+    from sft_course.tools.intake import scan
     from sft_course.evaluation import eval_logits
     lite0 = open_backbone("lite0")
     assert lite0.mean == lite0.std == (.5, .5, .5)

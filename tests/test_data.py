@@ -10,25 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from sft_course.tools.settings import SFTError
-from sft_course.data import (
-    bits_apart,
-    channel_stats,
-    close_hashes,
-    decode_once,
-    decoded_size,
-    describe,
-    difference_hash,
-    hold_back,
-    find_problems,
-    to_input,
-    plain_view,
-    random_colour,
-    random_view,
-    read_picture,
-    color_jitter,
-    scan,
-    rotate,
-)
+from sft_course.tools.copies import bits_apart, close_hashes, difference_hash
+from sft_course.data import channel_stats, decoded_size, to_input, plain_view, random_colour, random_view
+from sft_course.data import color_jitter, rotate
+from sft_course.tools.pixels import decode_once
+from sft_course.tools.problems import describe, find_problems
+from sft_course.tools.intake import hold_back, scan
+from sft_course.tools.decoding import read_picture
 
 
 def test_three_parts_of_a_folder_without_splits(stripes):

@@ -14,23 +14,18 @@ import pytest
 from conftest import REPO
 from PIL import Image, ImageFile
 
-import sft_course.data as data
+import sft_course.tools.decoding as decoding_tool
+import sft_course.tools.pixels as pixels_tool
+import sft_course.tools.problems as problems_tool
 from sft_course.tools.settings import SFTError
-from sft_course.data import (
-    Catalog,
-    PixelCache,
-    cache_summary,
-    clear_cache,
-    decode_once,
-    evict,
-    find_leaks,
-    free_memory,
-    find_problems,
-    read_picture,
-    require_memory,
-    scan,
-)
+from sft_course.tools.catalog import Catalog
+from sft_course.tools.pixels import PixelCache, decode_once
+from sft_course.tools.budget import cache_summary, clear_cache, evict, free_memory, require_memory
+from sft_course.tools.problems import find_leaks, find_problems
+from sft_course.tools.decoding import read_picture
+from sft_course.tools.intake import scan
 from sft_course.schedules import FoundRate
+from sft_course.tools.catalog import LEFT_OUT
 
 CASES = REPO.parent / "shared" / "cases"
 
@@ -113,7 +108,7 @@ def test_the_hosts_choice_comes_back_after_many_threads(stripes, monkeypatch):
 
     def read():
         for _ in range(20):
-            with data._whole_images_only():
+            with decoding_tool._whole_images_only():
                 seen.append(ImageFile.LOAD_TRUNCATED_IMAGES)
                 read_picture(file, 32)
                 seen.append(ImageFile.LOAD_TRUNCATED_IMAGES)
@@ -160,7 +155,7 @@ def test_deep_greys_are_scaled_by_the_range_of_the_data_set(tmp_path, save):
     note, = deep.catalog.problems
     assert note.kind == "deep greys" and note.path == "dark/0." + ("png" if save is as_png else "tif")
     assert "one of 8 images" in note.message and "0 became black and 4095 white" in note.message
-    assert note.kind not in data.LEFT_OUT and flat.catalog.problems == ()
+    assert note.kind not in LEFT_OUT and flat.catalog.problems == ()
     strict = decode_once(scan(root / "deep", strict=True), 40, tmp_path / "cache")
     assert strict.key == deep.key and strict.levels == deep.levels
 
@@ -218,7 +213,7 @@ def exchange(root, i):
 
 @pytest.mark.parametrize("settled", [True, False])
 def test_files_exchanged_by_mv_are_other_data(tmp_path, monkeypatch, settled):
-    monkeypatch.setattr(data._Asked, "settled", settled)
+    monkeypatch.setattr(pixels_tool._Asked, "settled", settled)
     root = bitmaps(tmp_path / "bmp")
     before = decode_once(scan(root), 48, tmp_path / "cache")
     was = np.array(before.pixels)
@@ -234,7 +229,7 @@ def test_files_exchanged_by_mv_are_other_data(tmp_path, monkeypatch, settled):
 def test_a_copy_elsewhere_is_the_same_data_and_not_decoded_again(stripes, tmp_path, monkeypatch):
     here = decode_once(scan(stripes), 48, tmp_path / "cache")
     shutil.copytree(stripes, tmp_path / "moved")
-    monkeypatch.setattr(data, "read_picture", lambda *a: pytest.fail("decoded twice"))
+    monkeypatch.setattr(pixels_tool, "read_picture", lambda *a: pytest.fail("decoded twice"))
     there = decode_once(scan(tmp_path / "moved"), 48, tmp_path / "cache")
     assert there.key == here.key and (there.pixels == here.pixels).all() and there.digests == here.digests
     for f in (tmp_path / "moved").rglob("*.jpg"):
@@ -243,14 +238,14 @@ def test_a_copy_elsewhere_is_the_same_data_and_not_decoded_again(stripes, tmp_pa
 
 
 def test_the_quick_check_reads_no_file(stripes, tmp_path, monkeypatch):
-    monkeypatch.setattr(data._Asked, "settled", True)
+    monkeypatch.setattr(pixels_tool._Asked, "settled", True)
     key = decode_once(scan(stripes), 48, tmp_path / "cache").key
-    monkeypatch.setattr(data, "_digest", lambda *a: pytest.fail("read again"))
+    monkeypatch.setattr(pixels_tool, "_digest", lambda *a: pytest.fail("read again"))
     assert decode_once(scan(stripes), 48, tmp_path / "cache").key == key
 
 
 def test_a_file_rewritten_in_place_with_its_old_time_is_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(data._Asked, "settled", True)
+    monkeypatch.setattr(pixels_tool._Asked, "settled", True)
     root = bitmaps(tmp_path / "bmp")
     before = decode_once(scan(root), 48, tmp_path / "cache")
     path = root / "red" / "5.bmp"
@@ -267,7 +262,7 @@ def test_runs_that_lose_different_files_for_a_moment_have_different_keys(stripes
             if path.name == name:
                 raise OSError(errno.EIO, "Input/output error")
             return read_picture(path, size, levels)
-        monkeypatch.setattr(data, "read_picture", fails)
+        monkeypatch.setattr(pixels_tool, "read_picture", fails)
         found = decode_once(scan(stripes), 48, tmp_path / "cache")
         assert len(found.catalog) == (24 if name is None else 22)
         keys.append(found.key)
@@ -279,7 +274,7 @@ def test_a_cache_that_may_only_be_read_serves(stripes, tmp_path, monkeypatch):
 
     def refused(*a, **k):
         raise PermissionError(errno.EACCES, "Permission denied")
-    monkeypatch.setattr(data.os, "utime", refused)
+    monkeypatch.setattr(pixels_tool.os, "utime", refused)
     monkeypatch.setattr(Path, "touch", refused)
     assert decode_once(scan(stripes), 48, tmp_path / "cache").key == key
 
@@ -342,9 +337,9 @@ def test_a_disk_or_a_memory_that_is_too_small_is_refused_by_arithmetic(stripes, 
     assert require_memory(1, 192) is None and 1e6 < free_memory() < 1e15
     with pytest.raises(SFTError, match="need 20.0 GB"):
         require_memory(10, 64, bytes_each=2e9, free=16e9)
-    monkeypatch.setattr(data, "read_picture", lambda *a: pytest.fail("tried"))
+    monkeypatch.setattr(pixels_tool, "read_picture", lambda *a: pytest.fail("tried"))
     with pytest.raises(SFTError, match="No space left on device: they take 144.00 GB .*; make room"):
-        monkeypatch.setattr(data.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**12, 0, 10**9))
+        monkeypatch.setattr(pixels_tool.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**12, 0, 10**9))
         decode_once(scan(stripes), 31623, tmp_path)
     with pytest.raises(SFTError, match="size = 0: not allowed"):
         decode_once(scan(stripes), 0, tmp_path)
@@ -370,7 +365,7 @@ def test_three_thousand_aligned_look_alikes(kind):
     c = Catalog(Path("nowhere"), ("a", "b"), tuple(f"{k}.png" for k in range(n)), np.arange(n) % 2, np.array(["train", "val", "test"])[np.arange(n) % 3])
     cache = PixelCache(c, shown(kind, n), "", digests=tuple(map(str, range(n))))
     start = process_time()
-    found = data._copies(cache)
+    found = problems_tool._copies(cache)
     assert process_time() - start < 20
     assert len(found) < 50 and len(json.dumps([vars(p) for p in found])) < 50_000
     crowd, = (p for p in found if p.kind == "look-alikes")

@@ -20,7 +20,8 @@ from torchmetrics.classification import MulticlassCalibrationError
 from sft_course.backbones import new_head, open_backbone
 from sft_course.tools.settings import SFTError
 from sft_course.core import what_moved
-from sft_course.data import decode_once, scan
+from sft_course.tools.pixels import decode_once
+from sft_course.tools.intake import scan
 from sft_course.evaluation import (
     COOLEST,
     HOTTEST,

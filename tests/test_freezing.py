@@ -15,7 +15,9 @@ from sft_course import freezing
 from sft_course.backbones import new_head, open_backbone
 from sft_course.tools.settings import SFTError
 from sft_course.core import what_moved
-from sft_course.data import decode_once, plain_view, scan
+from sft_course.tools.pixels import decode_once
+from sft_course.data import plain_view
+from sft_course.tools.intake import scan
 from sft_course.freezing import (
     EveryStage,
     activations,

@@ -10,21 +10,13 @@ import pytest
 from conftest import REPO, draw
 from PIL import Image
 
-import sft_course.data as data
+import sft_course.tools.problems as problems_tool
 from sft_course.tools.settings import SFTError
-from sft_course.data import (
-    FORMATS,
-    PICTURES,
-    Catalog,
-    add_formats,
-    decode_once,
-    find_problems,
-    leaks_between_parts,
-    require_parts,
-    require_test,
-    scan,
-    split_named,
-)
+from sft_course.tools.folders import FORMATS, PICTURES, add_formats, split_named
+from sft_course.tools.catalog import Catalog, require_parts, require_test
+from sft_course.tools.pixels import decode_once
+from sft_course.tools.problems import find_problems, leaks_between_parts
+from sft_course.tools.intake import scan
 
 CASES = REPO.parent / "shared" / "cases"
 
@@ -220,7 +212,8 @@ WITHOUT = """
 import sys
 sys.modules["pillow_heif"] = None
 from sft_course.tools.settings import SFTError
-from sft_course.data import decode_once, scan
+from sft_course.tools.pixels import decode_once
+from sft_course.tools.intake import scan
 try: found = decode_once(scan(sys.argv[1]), 48, sys.argv[2]).catalog
 except SFTError as e: print(e)
 else: print(len(found), *(p.message for p in found.problems), sep="\\n")
@@ -353,9 +346,9 @@ def test_where_all_images_are_small_none_is_said_to_be_smaller_than_the_others(t
 
 def test_small_images_are_compared_with_the_others():
     sizes = [(f"{k}.jpg", 400, 300) for k in range(9)]
-    assert ["far less" in p.message for p in data._small([*sizes, ("x", 60, 60)])] == [True]
-    assert ["far less" in p.message for p in data._small([(n, 40, 40) for n, _, _ in sizes] + [("x", 30, 30)])] == [False]
-    assert data._small([]) == []
+    assert ["far less" in p.message for p in problems_tool._small([*sizes, ("x", 60, 60)])] == [True]
+    assert ["far less" in p.message for p in problems_tool._small([(n, 40, 40) for n, _, _ in sizes] + [("x", 30, 30)])] == [False]
+    assert problems_tool._small([]) == []
 
 
 def test_folders_beside_the_splits_are_counted(tmp_path):
@@ -371,8 +364,8 @@ def test_the_same_file_in_two_parts_is_found_without_decoding(tmp_path, monkeypa
     shutil.copy(tmp_path / "train/a/0.jpg", tmp_path / "test/a/copy.jpg")
     shutil.copy(tmp_path / "train/a/1.jpg", tmp_path / "train/a/again.jpg")
     hashed = []
-    digest = data._digest
-    monkeypatch.setattr(data, "_digest", lambda p, *rest: hashed.append(p) or digest(p, *rest))
+    digest = problems_tool._digest
+    monkeypatch.setattr(problems_tool, "_digest", lambda p, *rest: hashed.append(p) or digest(p, *rest))
     found = leaks_between_parts(scan(tmp_path))
     assert [(p.kind, {p.path, p.other}) for p in found] == [("leak", {"train/a/0.jpg", "test/a/copy.jpg"})]
     assert 4 <= len(hashed) < 26

@@ -11,7 +11,10 @@ from conftest import draw
 from PIL import Image
 
 from sft_course.tools.settings import SFTError
-from sft_course.data import decode_once, open_data, read_picture, scan
+from sft_course.tools.pixels import decode_once
+from sft_course.tools.given import open_data
+from sft_course.tools.decoding import read_picture
+from sft_course.tools.intake import scan
 
 
 def noise(n, *shape, seed=0):

@@ -12,7 +12,7 @@ from torchvision.datasets import Flowers102, OxfordIIITPet
 from sft_course.tools import datasets
 from sft_course.tools.settings import SFTError, load_settings
 from sft_course.tools.datasets import open_dataset
-from sft_course.data import scan
+from sft_course.tools.intake import scan
 
 
 @pytest.fixture(autouse=True)

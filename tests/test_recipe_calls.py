@@ -10,7 +10,7 @@ from conftest import draw
 from sft_course import FineTuner, Phase, fine_tune, load_artifact, load_settings
 from sft_course.backbones import Backbone, open_backbone
 from sft_course.tools.settings import SFTError
-from sft_course.data import scan
+from sft_course.tools.intake import scan
 from sft_course.loop import read_checkpoint
 from sft_course.recipe import Candidate, Head, clearly_better, default_phases, every_stage
 
@@ -135,9 +135,9 @@ def test_the_head_phase_keeps_no_more_than_the_cache_may_hold(hard, tmp_path):
 
 
 def test_a_size_that_needs_more_than_there_is_memory_for_is_refused_before_it_is_tried(stripes, monkeypatch):
-    import sft_course.data as data
     import sft_course.recipe as recipe
-    monkeypatch.setattr(data, "free_memory", lambda: 10_000_000)
+    import sft_course.tools.budget as budget
+    monkeypatch.setattr(budget, "free_memory", lambda: 10_000_000)
     monkeypatch.setattr(recipe, "decode_once", lambda *_, **__: pytest.fail("it began to decode"))
     with pytest.raises(SFTError, match=r"size = 1024: .* GB of memory, and 0.0 GB are free"):
         FineTuner(stripes, NETWORK, size=1024, weights=None)

@@ -14,7 +14,8 @@ PACKAGE = REPO / "sft_course"
 
 # The one order of all modules: each imports only modules before it.
 # The drawn data set comes first, the rest in reading order.
-ORDER = ["blooms", "core", "data", "backbones", "losses", "loop", "freezing", "unfreezing", "schedules",
+ORDER = ["blooms", "core", "tools.budget", "tools.catalog", "tools.folders", "tools.tables", "tools.intake", "tools.given",
+         "tools.decoding", "tools.pixels", "tools.copies", "tools.problems", "data", "backbones", "losses", "loop", "freezing", "unfreezing", "schedules",
          "evaluation", "recipe", "widgets", "exercises", "cli"]
 
 

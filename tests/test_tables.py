@@ -4,7 +4,8 @@ import pytest
 from conftest import REPO, draw
 
 from sft_course.tools.settings import SFTError
-from sft_course.data import decode_once, scan
+from sft_course.tools.pixels import decode_once
+from sft_course.tools.intake import scan
 
 CSV = REPO.parent / "shared" / "cases" / "csv"
 

@@ -355,7 +355,7 @@ def _progress(text: str) -> None:
 # %% ../../nbs/tools/cli.ipynb #49f920a0
 def _fit(folder: Path, parts: dict, artifact: Path, settings, resume: bool, recipe: dict):
     "The `Result` of a run: `parts` says how the folder is read, `recipe` what of the recipe is changed."
-    from sft_course.data import scan
+    from sft_course.tools.intake import scan
     from sft_course.recipe import fine_tune
     catalog = scan(folder, settings.seed, **parts)
     _few_threads(len(catalog), settings.fit_image_size)
@@ -368,7 +368,11 @@ def check(folder: Folder, strict: Strict = False, as_json: AsJson = False) -> No
 
     Exit status 0 where a fit is possible, with notes or without; 1 where it is not. Nothing is changed.
     """
-    from sft_course.data import decode_once, decoded_size, describe, find_problems, require_whole, scan
+    from sft_course.tools.pixels import decode_once
+    from sft_course.data import decoded_size
+    from sft_course.tools.problems import describe, find_problems
+    from sft_course.tools.catalog import require_whole
+    from sft_course.tools.intake import scan
     settings = load_settings()
     with _results(as_json) as done:
         size = decoded_size(settings.fit_image_size)
@@ -394,7 +398,7 @@ def _best(p, top: int) -> list[tuple[str, float]]:
 
 def _line(p, top: int) -> str:
     "A `Prediction` as a person reads it."
-    from sft_course.data import printable
+    from sft_course.tools.catalog import printable
     more = ", ".join(f"{label} {probability:.1%}" for label, probability in _best(p, top)[1:])
     return printable(f"{p.probability:6.1%}  {p.label}  {p.path}" + (f"  (then {more})" if more else ""))
 
@@ -533,7 +537,9 @@ class _Asked:
 def _ask(result, folder: Path, split: str | None, settings) -> _Asked:
     "Ask a network about a folder of labelled images, prepared as those that it learned from."
     from sft_course.tools.torch_state import pick_device
-    from sft_course.data import decode_once, decoded_size, scan
+    from sft_course.tools.pixels import decode_once
+    from sft_course.data import decoded_size
+    from sft_course.tools.intake import scan
     from sft_course.evaluation import evaluate
     p = result.card["preprocessing"]
     size = decoded_size(p["size"], result.backbone.crop)
@@ -610,7 +616,7 @@ def _evaluation(asked: _Asked) -> dict:
 # %% ../../nbs/tools/cli.ipynb #0374aa2a
 def _tell_of(asked: _Asked, artifact: Path, told: dict, most: int = 20) -> None:
     "What a person wants to know after an evaluation."
-    from sft_course.data import _some
+    from sft_course.tools.catalog import _some
     gone = [r["class"] for r in told["per_class"] if not r["pictures"]]
     notes = [p["message"] for p in told["problems"]]
     if gone: notes.append(f"there is no image of {_some(gone)}")
@@ -695,7 +701,7 @@ def _copy(files: dict[str, Path], to: Path, force: bool) -> list[str]:
     new = {n: f.read_bytes() for n, f in files.items() if not _is_there(f, to / n)}
     changed = [n for n in new if (to / n).exists()]
     if changed and not force:
-        from sft_course.data import _some
+        from sft_course.tools.catalog import _some
         differ = "differs" if len(changed) == 1 else "differ"
         raise SFTError(f"{to}: {_some(changed)} there {differ} from the course; give another folder, "
                        "or --force to lose those changes.")
@@ -748,7 +754,7 @@ def cache(clear: Clear = False, as_json: AsJson = False) -> None:
     The place is the setting `cache`, by default $XDG_CACHE_HOME/sft_course or ~/.cache/sft_course. Models are
     never kept there.
     """
-    from sft_course.data import cache_summary, clear_cache
+    from sft_course.tools.budget import cache_summary, clear_cache
     place = load_settings().cache_dir
     with _results(as_json) as done:
         freed = clear_cache(place) if clear else 0
@@ -792,7 +798,7 @@ def _threads() -> dict[str, Any]:
 # %% ../../nbs/tools/cli.ipynb #4cadf612
 def _cache_place() -> dict[str, Any]:
     "Where the cache is, and how large."
-    from sft_course.data import cache_summary
+    from sft_course.tools.budget import cache_summary
     place = load_settings().cache_dir
     return {"place": str(place), "bytes": sum(k["bytes"] for k in cache_summary(place))}
 

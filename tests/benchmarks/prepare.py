@@ -15,7 +15,7 @@ from PIL import Image
 
 from sft_course.tools.settings import load_settings
 from sft_course.tools.datasets import open_dataset
-from sft_course.data import scan
+from sft_course.tools.intake import scan
 
 EVERY_READER = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 

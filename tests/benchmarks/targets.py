@@ -39,7 +39,9 @@ def head(folder, size, cache):
 
     import sft_course.recipe as recipe
     from sft_course.backbones import open_backbone
-    from sft_course.data import decode_once, decoded_size, to_input, plain_view, scan
+    from sft_course.tools.pixels import decode_once
+    from sft_course.data import decoded_size, to_input, plain_view
+    from sft_course.tools.intake import scan
     opened = open_backbone("lite0")
     body = open_backbone("lite0").model
     recipe.open_backbone = lambda *_: opened
@@ -220,7 +222,7 @@ def _memory_of(folder, size, cache, share):
     import sft_course.recipe as recipe
     from sft_course.backbones import open_backbone
     from sft_course.tools.settings import load_settings
-    from sft_course.data import scan
+    from sft_course.tools.intake import scan
     opened = open_backbone("lite0")
     recipe.open_backbone = lambda *_: opened
     catalog = scan(folder)

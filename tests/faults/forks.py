@@ -157,8 +157,8 @@ def points(spec, said):
     import numpy as np
     import torch
 
-    import sft_course.data as data
     import sft_course.freezing as freezing
+    import sft_course.tools.pixels as pixels
 
     roots, me, busy = tuple(os.fspath(spec[k]) for k in ("out", "cache")), os.getpid(), []
 
@@ -248,7 +248,7 @@ def points(spec, said):
     def opened(path, mode="r", *how):
         return Counted(path, mode, *how) if mode == "wb" else open(path, mode, *how)
 
-    data.open = freezing.open = opened
+    pixels.open = freezing.open = opened
 
 
 # ---- the server

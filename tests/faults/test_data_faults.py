@@ -11,6 +11,7 @@ import tempfile
 import time
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,13 @@ import pytest
 from corpus import blob, bombs, corpus, encoded, lay_out
 from PIL import Image
 
-import sft_course.data as data
+import sft_course.tools.pixels as pixels_tool
 from sft_course.tools.settings import SFTError
-from sft_course.data import LEFT_OUT, decode_once, describe, find_problems, printable, read_picture, scan
+from sft_course.tools.catalog import LEFT_OUT, printable
+from sft_course.tools.pixels import decode_once
+from sft_course.tools.problems import describe, find_problems
+from sft_course.tools.decoding import read_picture
+from sft_course.tools.intake import scan
 
 SIZE = 48
 NOTES = {"1x1": ("small",), "animated": ("animated",), "EXIF broken": ("broken EXIF",)}  # what is said of pictures that were kept
@@ -188,9 +193,9 @@ def test_strict_names_each_fault(bad_files, tmp_path, fault):
 
 
 LOOK = """
-found = sft_course.data.decode_once(sft_course.data.scan(sys.argv[1]), 48, sys.argv[2])
-problems = found.catalog.problems + sft_course.data.find_problems(found)
-print("\\n".join(sft_course.data.describe(found.catalog, problems)))
+found = sft_course.tools.pixels.decode_once(sft_course.tools.intake.scan(sys.argv[1]), 48, sys.argv[2])
+problems = found.catalog.problems + sft_course.tools.problems.find_problems(found)
+print("\\n".join(sft_course.tools.problems.describe(found.catalog, problems)))
 """
 
 
@@ -341,7 +346,7 @@ def test_permissions(shared, measured, fault):
     for path in (shared / "set.csv", root):
         path.chmod(0)
         with fault("no permission to read") as f:
-            done = measured("try: sft_course.data.scan(sys.argv[1])\nexcept sft_course.tools.settings.SFTError as e: print(e)", path, user=user)
+            done = measured("try: sft_course.tools.intake.scan(sys.argv[1])\nexcept sft_course.tools.settings.SFTError as e: print(e)", path, user=user)
             assert done.stderr == "" and "(Permission denied)" in done.stdout, done.stderr
             f.said(done.stdout.splitlines()[0].replace(str(shared) + "/", ""))
 
@@ -468,7 +473,7 @@ def test_a_file_changes_between_scan_and_decode(root, store, fault, change):
         assert len(found.catalog) == 15 and [p.path for p in found.catalog.problems] == ["left/good03.jpg"]
         f.said(found.catalog.problems[0].message)
         with pytest.raises(SFTError, match="good03.jpg"):
-            decode_once(data.replace(catalog, strict=True), SIZE, store)
+            decode_once(replace(catalog, strict=True), SIZE, store)
 
 
 def test_a_file_becomes_another_picture_between_scan_and_decode(root, store, fault):
@@ -491,7 +496,7 @@ def test_a_file_changes_while_it_is_decoded(root, store, fault, monkeypatch, cha
             change(p)
         return x
 
-    monkeypatch.setattr(data, "read_picture", meanwhile)
+    monkeypatch.setattr(pixels_tool, "read_picture", meanwhile)
     with fault("changed or gone while it is decoded") as f:
         found = decode_once(scan(root), SIZE, store)
         assert len(found.catalog) == 15 and [p.kind for p in found.catalog.problems] == ["changed"]
@@ -534,7 +539,7 @@ def test_what_fails_for_a_moment_is_not_remembered(root, store, fault, monkeypat
             raise error
         return read_picture(p, size)
 
-    monkeypatch.setattr(data, "read_picture", fails)
+    monkeypatch.setattr(pixels_tool, "read_picture", fails)
     with fault("fails for a moment (disk, memory, open files)") as f:
         found = decode_once(scan(root), SIZE, store)
         assert len(found.catalog) == 14 and {p.kind for p in found.catalog.problems} == {"unreadable"}
@@ -643,7 +648,7 @@ def test_roots_that_are_none(tmp_path, fault):
 BIG = """
 import time
 start = time.perf_counter()
-c = sft_course.data.scan(sys.argv[1])
+c = sft_course.tools.intake.scan(sys.argv[1])
 print(len(c), len(c.problems), f"{time.perf_counter() - start:.2f}")
 """
 

@@ -15,7 +15,7 @@ from forks import NETWORK, SIZE, pictures, plan
 from sft_course import FineTuner, load_settings
 from sft_course.backbones import open_backbone
 from sft_course.tools.settings import SFTError
-from sft_course.data import scan
+from sft_course.tools.intake import scan
 from sft_course.loop import read_checkpoint
 from sft_course.recipe import load_artifact
 
@@ -297,7 +297,7 @@ def test_a_table_cannot_name_what_lies_outside(fault, tmp_path, path):
     rows = [f"{p.relative_to(tmp_path / 'data')},{p.parent.name}" for p in sorted((tmp_path / "data").rglob("*.png"))]
     (tmp_path / "data" / "t.csv").write_text("\n".join(["path,label", *rows, path.format(outside=tmp_path) + ",a"]) + "\n")
     with fault("a path in a CSV that leads outside") as f:
-        from sft_course.data import decode_once
+        from sft_course.tools.pixels import decode_once
 
         try:
             found = decode_once(scan(tmp_path / "data" / "t.csv"), SIZE, tmp_path / "cache")
