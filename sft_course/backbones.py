@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
-from .tools.settings import SFTError, expanded
+from .tools.settings import expanded, SFTError
 from .tools.torch_state import own_torch_state, seeded
 
 # %% ../nbs/02_backbones.ipynb #336bfee5

@@ -21,7 +21,7 @@ from torch import nn
 from .tools.figures import PALETTE
 from .tools.settings import SFTError
 from .tools.pixels import PixelCache
-from .data import to_input, plain_view
+from .data import plain_view, to_input
 from .backbones import Backbone
 from .loop import predict_logits
 from .freezing import pictures_at_once

@@ -21,12 +21,12 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from .tools.settings import load_settings, SFTError
-from .tools.torch_state import own_torch_state, pick_device
 from .tools.figures import progress
+from .tools.settings import load_settings, SFTError
 from .tools.files import whole_file
-from .data import to_input, plain_view, random_view
+from .tools.torch_state import own_torch_state, pick_device
 from .tools.pixels import PixelCache
+from .data import plain_view, random_view, to_input
 from .backbones import Backbone, evaluation_mode, new_head, open_backbone
 from .loop import batches, copy_state, predict_logits, score
 

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .tools.settings import SFTError, load_settings
-from .tools.torch_state import pick_device, seeded
 from .tools.figures import progress
+from .tools.settings import load_settings, SFTError
 from .tools.files import whole_file
+from .tools.torch_state import pick_device, seeded
 from .tools.pixels import PixelCache
-from .data import to_input, plain_view, random_view
+from .data import plain_view, random_view, to_input
 from .backbones import Backbone, mismatched_keys, new_head, open_backbone
 
 # %% ../nbs/04_loop.ipynb #4f582be7

@@ -17,21 +17,24 @@ from typing import Any, Callable, Iterator
 import numpy as np
 import torch
 import sft_course
-from .tools.settings import SFTError, Settings, load_settings
-from .tools.datasets import open_dataset
-from .tools.torch_state import pick_device
+from .tools.settings import load_settings, Settings, SFTError
 from .tools.files import whole_file
+from .tools.torch_state import pick_device
+from .tools.datasets import open_dataset
 from .tools.catalog import Catalog
-from .tools.pixels import decode_once
-from .data import decoded_size, to_input, plain_view, random_view
-from .tools.decoding import read_picture
 from .tools.intake import scan
-from .backbones import stage_costs, Backbone, mismatched_keys, new_head, open_backbone
-from .loop import Diverged, Score, batches, copy_state, fit, predict_logits, read_checkpoint, score
-from .freezing import EveryStage, HeadChoice, Rows, activations, choose_head, fit_wide_head, fold_for, head_logits, pictures_at_once, split_at, stage_features
+from .tools.decoding import read_picture
+from .tools.pixels import decode_once
+from .data import decoded_size, plain_view, random_view, to_input
+from .backbones import Backbone, mismatched_keys, new_head, open_backbone, stage_costs
+from .loop import batches, copy_state, Diverged, fit, predict_logits, read_checkpoint, Score, score
+from sft_course.freezing import (
+    activations, choose_head, EveryStage, fit_wide_head, fold_for, head_logits, HeadChoice,
+    pictures_at_once, Rows, split_at, stage_features,
+)
 from .unfreezing import first_trainable, freeze_below, param_groups, training_mode
-from .schedules import SCHEDULES, schedule
-from .evaluation import Evaluation, eval_logits, report_html
+from .schedules import schedule, SCHEDULES
+from .evaluation import eval_logits, Evaluation, report_html
 
 # %% ../nbs/09_recipe.ipynb #9142ade2
 @dataclass(frozen=True)
@@ -112,8 +115,8 @@ from PIL import Image
 from torch import nn
 from .tools.settings import expanded
 from .tools.torch_state import own_torch_state
-from .tools.folders import images_below
 from .tools.catalog import printable
+from .tools.folders import images_below
 from .tools.decoding import why_unreadable
 from .backbones import as_backbone
 
@@ -171,11 +174,11 @@ class Result:
 
 # %% ../nbs/09_recipe.ipynb #12c649ff
 from importlib import import_module
-from .tools.problems import leaks_between_parts
-from .tools.given import open_data
 from .tools.budget import require_memory
 from .tools.catalog import require_test
-from .backbones import Stage, fitting_size, load_weights
+from .tools.given import open_data
+from .tools.problems import leaks_between_parts
+from .backbones import fitting_size, load_weights, Stage
 from .loop import save_checkpoint
 from .freezing import Recomputed, weights_key
 

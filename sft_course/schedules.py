@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .tools.settings import SFTError, load_settings
+from .tools.settings import load_settings, SFTError
 from .tools.torch_state import pick_device, seeded
 from .tools.pixels import PixelCache
-from .data import to_input, plain_view, random_view
+from .data import plain_view, random_view, to_input
 from .backbones import Backbone, new_head, open_backbone
 from .loop import add_gradients, batches, copy_state, predict_logits, score
 from .freezing import exact_head

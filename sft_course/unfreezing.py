@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .tools.settings import SFTError, load_settings
+from .tools.settings import load_settings, SFTError
 from .tools.torch_state import pick_device
 from .tools.pixels import PixelCache
-from .data import to_input, plain_view, random_view
-from .backbones import Backbone, stage_costs, new_head, open_backbone
+from .data import plain_view, random_view, to_input
+from .backbones import Backbone, new_head, open_backbone, stage_costs
 from .loop import batches, copy_state, predict_logits, score
 from .freezing import exact_head
 

@@ -24,8 +24,8 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from .settings import DOMAINS
 from .figures import progress
+from .settings import DOMAINS
 
 # %% ../../nbs/tools/blooms.ipynb #5f61d625
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Callable, Iterator, Optional
 import typer
 import sft_course
-from .settings import SFTError, load_settings
+from .settings import load_settings, SFTError
 
 # %% ../../nbs/tools/cli.ipynb #491405dd
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False,

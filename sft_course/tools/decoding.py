@@ -17,7 +17,7 @@ import PIL
 from PIL import Image, ImageFile, ImageOps
 from .settings import SFTError
 from .catalog import printable
-from .folders import FORMATS, add_formats
+from .folders import add_formats, FORMATS
 
 # %% ../../nbs/tools/decoding.ipynb #06a439bd
 def read_picture(source: str | Path | bytes | BinaryIO | Image.Image | np.ndarray, size: int,

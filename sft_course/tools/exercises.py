@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .settings import SFTError, load_settings
+from .settings import load_settings, SFTError
 from .files import whole_file
 
 # %% ../../nbs/tools/exercises.ipynb #20264ec5

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from PIL import Image
 from .settings import SFTError
-from .catalog import Problem, _problem, _some, _suffix, printable
+from .catalog import printable, Problem, _problem, _some, _suffix
 
 # %% ../../nbs/tools/folders.ipynb #237678fd
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "HEIF")

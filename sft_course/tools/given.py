@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageOps
-from .settings import SFTError, load_settings
 from .figures import progress
+from .settings import load_settings, SFTError
 from .catalog import Catalog, Problem, require_whole
 from .folders import split_named
-from .intake import _catalog, _divide, _joined, scan
 from .tables import _one_label, _parts_of, _records, _require_columns, _table_rows
+from .intake import scan, _catalog, _divide, _joined
 
 # %% ../../nbs/tools/given.ipynb #889ae55e
 def _as_image(x: Any, where: str) -> Image.Image:

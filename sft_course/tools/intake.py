@@ -14,18 +14,8 @@ from typing import Mapping, Sequence
 import numpy as np
 from .settings import SFTError
 from sft_course.tools.catalog import (
-    Catalog,
-    LEFT_OUT,
-    Problem,
-    _by_extension,
-    _failed,
-    _first,
-    _problem,
-    _some,
-    _suffix,
-    printable,
-    require_enough,
-    require_whole,
+    Catalog, LEFT_OUT, printable, Problem, require_enough, require_whole, _by_extension, _failed, _first,
+    _problem, _some, _suffix,
 )
 from .folders import _folder_rows, _table_hint
 from .tables import _csv_rows

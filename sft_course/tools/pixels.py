@@ -15,18 +15,12 @@ from typing import Any
 import numpy as np
 import PIL
 from PIL import Image
-from .settings import SFTError
 from .figures import progress
+from .settings import SFTError
 from .budget import evict
-from .catalog import Catalog, Problem, _problem, nothing_left, require_enough, require_whole
+from .catalog import Catalog, nothing_left, Problem, require_enough, require_whole, _problem
 from sft_course.tools.decoding import (
-    _extremes,
-    _is_deep,
-    _opened,
-    _whole_images_only,
-    _why,
-    _with_image,
-    read_picture,
+    read_picture, _extremes, _is_deep, _opened, _whole_images_only, _why, _with_image,
 )
 
 # %% ../../nbs/tools/pixels.ipynb #2ea8879a

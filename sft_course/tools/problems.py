@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Sequence
 import numpy as np
 from PIL import Image
-from .catalog import Catalog, Problem, _problem, printable
-from .copies import BLANK, _connected, _contrast, _look_alikes
+from .catalog import Catalog, printable, Problem, _problem
 from .decoding import _opened
 from .pixels import PixelCache, _digest, _state
+from .copies import BLANK, _connected, _contrast, _look_alikes
 
 # %% ../../nbs/tools/problems.ipynb #8342ac1a
 def _same_files(c: Catalog, digests: Sequence[str | None] = ()) -> list[tuple[int, int]]:

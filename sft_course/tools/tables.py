@@ -11,8 +11,8 @@ from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import Iterable, Sequence
 from .settings import SFTError
-from .catalog import Problem, _failed, _first, _problem, _suffix, printable
-from .folders import _holds_image, _is_picture, _not_a_picture, split_named
+from .catalog import printable, Problem, _failed, _first, _problem, _suffix
+from .folders import split_named, _holds_image, _is_picture, _not_a_picture
 
 # %% ../../nbs/tools/tables.ipynb #113d9697
 def _table(file: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:

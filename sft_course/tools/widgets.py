@@ -16,12 +16,11 @@ from typing import Any, Callable, Sequence
 import numpy as np
 import torch
 from PIL import Image
-from .figures import kernel_runs
-from .figures import PALETTE
+from .figures import kernel_runs, PALETTE
 from .settings import SFTError
 from ..backbones import Backbone, stage_costs
 from ..losses import cross_entropy, cross_entropy_gradient, softmax
-from ..schedules import SCHEDULES, rate_table
+from ..schedules import rate_table, SCHEDULES
 from ..evaluation import Evaluation
 from ..recipe import Result
 
