@@ -73,7 +73,7 @@ export: $(READY) ## notebooks → sft_course/, README.md; clean the notebooks
 	$(MAKE) --no-print-directory readme
 
 readme: $(READY) ## nbs/index.ipynb → README.md
-	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed -E 's@\]\(\.\./@](@g; s@\]\(((tools/)?[a-z0-9_]+\.ipynb)\)@](nbs/\1)@g' > README.md
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed -E 's@\]\(\.\./@](@g; s@\]\(((tools/)?[a-z0-9_]+\.ipynb)\)@](nbs/\1)@g; s@\]\(tools\)@](nbs/tools)@g' > README.md
 
 links: ## the badges of all chapters, from the address in pyproject.toml
 	home=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml) && \

@@ -20,7 +20,7 @@ ORDER = [
     "tools.budget", "tools.catalog", "tools.folders", "tools.tables", "tools.intake", "tools.given", "tools.decoding",
     "tools.pixels", "tools.copies", "tools.problems",
     "data", "backbones", "losses", "loop", "freezing", "unfreezing", "schedules", "evaluation", "recipe",
-    "tools.widgets", "tools.exercises", "tools.cli",
+    "tools.ladder", "tools.widgets", "tools.exercises", "tools.cli",
 ]
 
 
