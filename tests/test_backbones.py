@@ -58,7 +58,7 @@ def test_bundled_weights_know_ants_and_bees(photos):
 
 
 def test_a_tampered_weights_file_is_refused(monkeypatch):
-    monkeypatch.setattr("sft_course.backbones.LITE0_SHA256", "0" * 64)
+    monkeypatch.setattr("sft_course.tools.weights.LITE0_SHA256", "0" * 64)
     with pytest.raises(SFTError, match="not the weights the course was written with"):
         open_backbone("lite0")
 

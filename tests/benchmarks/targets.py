@@ -164,7 +164,7 @@ def throughput(folder, size, cache):
     batch) on tensors already in memory, before and after."""
     import torch
 
-    import sft_course.loop as loop
+    from sft_course.tools import training
     import sft_course.recipe as recipe
     from sft_course.data import to_input
     from sft_course.unfreezing import freeze_below, param_groups, training_mode
@@ -187,13 +187,13 @@ def throughput(folder, size, cache):
             step(i)
         return sum(len(x[i % len(x)]) for i in range(steps)) / seconds(lambda: [step(i) for i in range(steps)])
 
-    rates, steps_of = [], loop._some_steps  # the steps of an epoch, with the making of their batches and nothing else
+    rates, steps_of = [], training._some_steps  # the steps of an epoch, with the making of their batches and nothing else
     def timed(*args, **kwargs):
         began = time.perf_counter()
         out = steps_of(*args, **kwargs)
         rates.append(len(tuner.train) / (time.perf_counter() - began))
         return out
-    loop._some_steps = timed
+    training._some_steps = timed
     before = bare()
     tuner.run_phase(phase)
     after = bare()
