@@ -112,8 +112,8 @@ def fit(model: nn.Module, train: tuple, held: tuple | Callable[[nn.Module], Scor
         optimizer: torch.optim.Optimizer, epochs: int, rate: Callable[[int], float] = lambda step: 1., *,
         batch_size: int = 32, seed: int = 0, patience: int | None = None,
         checkpoint: str | Path | None = None, resume: bool = True, also: dict | None = None,
-        part: nn.Module | None = None, before: Callable[[int], Any] | None = None, watch: Callable[[dict], Any] | None = None, average=None,
-        title: str = "train", **how) -> Fitted:
+        part: nn.Module | None = None, before: Callable[[int], Any] | None = None,
+        watch: Callable[[dict], Any] | None = None, average=None, title: str = "train", **how) -> Fitted:
     """Train for `epochs`, or until the best epoch is `patience` epochs back; the model then holds the best
     weights.
 
