@@ -84,7 +84,8 @@ save: $(READY) ## run every notebook and keep the outputs
 	$(BIN)/nbdev-clean
 
 record: $(READY) ## make the recorded runs of a chapter: make record CHAPTER=00
-	SFT_RECORD=1 $(BIN)/nbdev-test --cell-timeout 0 --n-workers 1 --do-print $(firstword $(wildcard nbs/$(CHAPTER)_*.ipynb nbs/tools/$(CHAPTER).ipynb))
+	for notebook in $(wildcard nbs/$(CHAPTER)_*.ipynb nbs/tools/$(CHAPTER).ipynb) $$(grep -l 'recorded(\\"$(CHAPTER)_' nbs/tools/*.ipynb); do \
+	  SFT_RECORD=1 $(BIN)/nbdev-test --cell-timeout 0 --n-workers 1 --do-print $$notebook || exit 1; done
 
 lint: $(READY) ## ruff on the tests
 	$(BIN)/ruff check tests

@@ -27,7 +27,9 @@ from .tools.files import whole_file
 from .tools.torch_state import own_torch_state, pick_device
 from .tools.pixels import PixelCache
 from .data import plain_view, random_view, to_input
-from .backbones import Backbone, evaluation_mode, new_head, open_backbone
+from .backbones import Backbone, new_head
+from .tools.stages import evaluation_mode
+from .tools.opening import open_backbone
 from .loop import batches, copy_state, predict_logits, score
 
 # %% ../nbs/05_frozen_head.ipynb #rs050002

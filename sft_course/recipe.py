@@ -26,8 +26,14 @@ from .tools.intake import scan
 from .tools.decoding import read_picture
 from .tools.pixels import decode_once
 from .data import decoded_size, plain_view, random_view, to_input
-from .backbones import Backbone, mismatched_keys, new_head, open_backbone, stage_costs
-from .loop import batches, copy_state, Diverged, fit, predict_logits, read_checkpoint, Score, score
+from .tools.weights import mismatched_keys
+from .backbones import Backbone, new_head
+from .tools.opening import open_backbone
+from .tools.costs import stage_costs
+from .tools.checkpoints import read_checkpoint
+from .tools.steps import Diverged
+from .loop import batches, copy_state, predict_logits, score, Score
+from .tools.training import fit
 from sft_course.freezing import (
     activations, choose_head, EveryStage, fit_wide_head, fold_for, head_logits, HeadChoice,
     pictures_at_once, Rows, split_at, stage_features,
@@ -118,7 +124,7 @@ from .tools.torch_state import own_torch_state
 from .tools.catalog import printable
 from .tools.folders import images_below
 from .tools.decoding import why_unreadable
-from .backbones import as_backbone
+from .tools.opening import as_backbone
 
 # %% ../nbs/09_recipe.ipynb #6b32f003
 @dataclass(frozen=True)
@@ -178,8 +184,10 @@ from .tools.budget import require_memory
 from .tools.catalog import require_test
 from .tools.given import open_data
 from .tools.problems import leaks_between_parts
-from .backbones import fitting_size, load_weights, Stage
-from .loop import save_checkpoint
+from .tools.weights import load_weights
+from .backbones import Stage
+from .tools.opening import fitting_size
+from .tools.checkpoints import save_checkpoint
 from .freezing import Recomputed, weights_key
 
 # %% ../nbs/09_recipe.ipynb #402af6cc

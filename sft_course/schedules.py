@@ -20,8 +20,10 @@ from .tools.settings import load_settings, SFTError
 from .tools.torch_state import pick_device, seeded
 from .tools.pixels import PixelCache
 from .data import plain_view, random_view, to_input
-from .backbones import Backbone, new_head, open_backbone
-from .loop import add_gradients, batches, copy_state, predict_logits, score
+from .backbones import Backbone, new_head
+from .tools.opening import open_backbone
+from .tools.steps import add_gradients
+from .loop import batches, copy_state, predict_logits, score
 from .freezing import exact_head
 from .unfreezing import first_trainable, freeze_below, training_mode
 

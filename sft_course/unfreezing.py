@@ -15,7 +15,9 @@ from .tools.settings import load_settings, SFTError
 from .tools.torch_state import pick_device
 from .tools.pixels import PixelCache
 from .data import plain_view, random_view, to_input
-from .backbones import Backbone, new_head, open_backbone, stage_costs
+from .backbones import Backbone, new_head
+from .tools.opening import open_backbone
+from .tools.costs import stage_costs
 from .loop import batches, copy_state, predict_logits, score
 from .freezing import exact_head
 

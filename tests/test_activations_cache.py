@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from sft_course import freezing
-from sft_course.backbones import open_backbone
+from sft_course.tools.opening import open_backbone
 from sft_course.tools.settings import SFTError
 from sft_course.tools.pixels import decode_once
 from sft_course.data import plain_view
@@ -152,7 +152,7 @@ def test_another_number_of_threads_is_another_file(store, files):
 
 
 KEYS = """
-from sft_course.backbones import open_backbone
+from sft_course.tools.opening import open_backbone
 from sft_course.freezing import lower_code, split_at, stage_features
 b = open_backbone("resnet10t", None)
 print(lower_code(stage_features(b)), lower_code(split_at(b, 2)[0]), lower_code(b.model))

@@ -203,7 +203,7 @@ def test_a_head_on_every_stage_is_a_backbone_like_any_other(wide, folder):
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto"])
 def test_so_it_is_for_other_networks(name):
-    from sft_course.backbones import open_backbone
+    from sft_course.tools.opening import open_backbone
     b = every_stage(open_backbone(name, weights=None), 3)
     assert b.head.out_features == 3
     assert sorted(n for s in b.stages for n in s.parameters) == sorted(n for n, _ in b.model.named_parameters())

@@ -3,7 +3,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sft_course.backbones import stage_costs, cut_into_stages, load_weights, new_head, open_backbone
+from sft_course.tools.costs import stage_costs
+from sft_course.tools.stages import cut_into_stages
+from sft_course.tools.weights import load_weights
+from sft_course.backbones import new_head
+from sft_course.tools.opening import open_backbone
 from sft_course.tools.settings import SFTError
 from sft_course.freezing import split_at
 
@@ -60,7 +64,7 @@ def test_bundled_weights_know_ants_and_bees(photos):
 
 
 def test_a_tampered_weights_file_is_refused(monkeypatch):
-    monkeypatch.setattr("sft_course.backbones.LITE0_SHA256", "0" * 64)
+    monkeypatch.setattr("sft_course.tools.weights.LITE0_SHA256", "0" * 64)
     with pytest.raises(SFTError, match="not the weights the course was written with"):
         open_backbone("lite0")
 

@@ -17,7 +17,8 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from torchmetrics.classification import MulticlassCalibrationError
 
-from sft_course.backbones import new_head, open_backbone
+from sft_course.backbones import new_head
+from sft_course.tools.opening import open_backbone
 from sft_course.tools.settings import SFTError
 from sft_course.core import what_moved
 from sft_course.tools.pixels import decode_once

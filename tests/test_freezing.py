@@ -12,7 +12,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from sft_course import freezing
-from sft_course.backbones import new_head, open_backbone
+from sft_course.backbones import new_head
+from sft_course.tools.opening import open_backbone
 from sft_course.tools.settings import SFTError
 from sft_course.core import what_moved
 from sft_course.tools.pixels import decode_once
@@ -29,7 +30,8 @@ from sft_course.freezing import (
     stage_features,
     weights_key,
 )
-from sft_course.loop import copy_state, train_epoch
+from sft_course.loop import copy_state
+from sft_course.tools.steps import train_epoch
 
 NATIVE = ("vit_tiny_patch16_224",)  # takes no other size
 FAMILIES = ["lite0", "resnet18", "efficientnet_b0", "mobilenet_v3_small", "convnext_atto", "vit_tiny_patch16_224", "swin_t", "densenet121",

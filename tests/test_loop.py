@@ -14,23 +14,11 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from sft_course.tools.settings import SFTError
 from sft_course.core import what_moved
-from sft_course.loop import (
-    add_gradients,
-    average_weights,
-    batches,
-    best_epoch,
-    copy_state,
-    epoch_seed,
-    fit,
-    load_checkpoint,
-    native_bfloat16,
-    out_of_patience,
-    predict_logits,
-    save_checkpoint,
-    score,
-    state_by_name,
-    train_epoch,
-)
+from sft_course.tools.steps import add_gradients, average_weights, native_bfloat16, train_epoch
+from sft_course.loop import batches, best_epoch, copy_state, epoch_seed, out_of_patience, predict_logits
+from sft_course.loop import score
+from sft_course.tools.training import fit
+from sft_course.tools.checkpoints import load_checkpoint, save_checkpoint, state_by_name
 
 quick = settings(max_examples=40, deadline=None)
 

@@ -227,22 +227,23 @@ def test_a_stop_signal_lets_the_step_end_and_the_run_goes_on_from_there(hard, tm
     "With a batch of 8 an epoch has four steps: in the middle of it, at its end, in the next."
     import signal
 
-    import sft_course.loop as loop
-    steps, usual = [], loop.add_gradients
+    import sft_course.tools.steps as module
+    from sft_course.tools.training import Stopped
+    steps, usual = [], module.add_gradients
 
     def counted(*args, **how):
         steps.append(1)
         if len(steps) == step:
             signal.raise_signal(signal.SIGTERM)
         return usual(*args, **how)
-    monkeypatch.setattr(loop, "add_gradients", counted)
+    monkeypatch.setattr(module, "add_gradients", counted)
     def run(out, **how):
         FineTuner(hard, "lite0", out=out, weights=None, **SMALL).run(Phase(3, epochs=2, batch_size=8, views=2), **how)
-    with pytest.raises(loop.Stopped) as stopped:
+    with pytest.raises(Stopped) as stopped:
         run(tmp_path / "a")
     assert stopped.value.signal == signal.SIGTERM and stopped.value.checkpoint == tmp_path / "a" / "last.ckpt"
     run(tmp_path / "a", resume=True)
-    monkeypatch.setattr(loop, "add_gradients", usual)
+    monkeypatch.setattr(module, "add_gradients", usual)
     run(tmp_path / "b")
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 

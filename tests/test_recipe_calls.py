@@ -8,10 +8,11 @@ import torch
 from conftest import draw
 
 from sft_course import FineTuner, Phase, fine_tune, load_artifact, load_settings
-from sft_course.backbones import Backbone, open_backbone
+from sft_course.backbones import Backbone
+from sft_course.tools.opening import open_backbone
 from sft_course.tools.settings import SFTError
 from sft_course.tools.intake import scan
-from sft_course.loop import read_checkpoint
+from sft_course.tools.checkpoints import read_checkpoint
 from sft_course.recipe import Candidate, Head, clearly_better, default_phases, every_stage
 
 SMALL = {"size": 48, "weights": None}

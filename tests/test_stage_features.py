@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from sft_course.backbones import as_backbone, open_backbone
+from sft_course.tools.opening import as_backbone, open_backbone
 from sft_course.freezing import EveryStage, _moments, _positions, fold_for, split_at, stage_features
 
 HALF = (.5, .5, .5)

@@ -19,7 +19,8 @@ ORDER = [
     "core",
     "tools.budget", "tools.catalog", "tools.folders", "tools.tables", "tools.intake", "tools.given", "tools.decoding",
     "tools.pixels", "tools.copies", "tools.problems",
-    "data", "backbones", "losses", "loop", "freezing", "unfreezing", "schedules", "evaluation", "recipe",
+    "data", "tools.weights", "backbones", "tools.stages", "tools.opening", "tools.costs", "losses",
+    "tools.checkpoints", "tools.steps", "loop", "tools.training", "freezing", "unfreezing", "schedules", "evaluation", "recipe",
     "tools.ladder", "tools.widgets", "tools.exercises", "tools.cli",
 ]
 

@@ -804,7 +804,7 @@ def _cache_place() -> dict[str, Any]:
 
 def _weights_there() -> str:
     "That the bundled weights are there and whole. Raises `SFTError` where they are not."
-    from sft_course.backbones import open_backbone
+    from sft_course.tools.opening import open_backbone
     open_backbone("lite0")
     return "there, and as they should be"
 
@@ -813,7 +813,7 @@ def _speed(seconds: float = 2) -> dict[str, Any]:
     "Images of the usual size that the bundled network sees in a second."
     import time
     import torch
-    from sft_course.backbones import open_backbone
+    from sft_course.tools.opening import open_backbone
     from sft_course.tools.torch_state import pick_device
     settings = load_settings()
     device, size = pick_device(settings), settings.fit_image_size

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from .figures import kernel_runs, PALETTE
 from .settings import SFTError
-from ..backbones import Backbone, stage_costs
+from ..backbones import Backbone
+from .costs import stage_costs
 from ..losses import cross_entropy, cross_entropy_gradient, softmax
 from ..schedules import rate_table, SCHEDULES
 from ..evaluation import Evaluation

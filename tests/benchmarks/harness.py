@@ -52,7 +52,7 @@ class Bench:
 
 def lite0(classes: int):
     "timm's tf_efficientnet_lite0 with the bundled ImageNet weights and a new head: what every peer starts from."
-    from sft_course.backbones import open_backbone
+    from sft_course.tools.opening import open_backbone
     model = open_backbone("lite0").model
     model.reset_classifier(classes)
     return model

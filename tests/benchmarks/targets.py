@@ -38,7 +38,7 @@ def head(folder, size, cache):
     import torch
 
     import sft_course.recipe as recipe
-    from sft_course.backbones import open_backbone
+    from sft_course.tools.opening import open_backbone
     from sft_course.tools.pixels import decode_once
     from sft_course.data import decoded_size, to_input, plain_view
     from sft_course.tools.intake import scan
@@ -166,7 +166,7 @@ def throughput(folder, size, cache):
     batch) on tensors already in memory, before and after."""
     import torch
 
-    import sft_course.loop as loop
+    from sft_course.tools import training
     import sft_course.recipe as recipe
     from sft_course.data import to_input
     from sft_course.unfreezing import freeze_below, param_groups, training_mode
@@ -189,13 +189,13 @@ def throughput(folder, size, cache):
             step(i)
         return sum(len(x[i % len(x)]) for i in range(steps)) / seconds(lambda: [step(i) for i in range(steps)])
 
-    rates, steps_of = [], loop._some_steps  # the steps of an epoch, with the making of their batches and nothing else
+    rates, steps_of = [], training._some_steps  # the steps of an epoch, with the making of their batches and nothing else
     def timed(*args, **kwargs):
         began = time.perf_counter()
         out = steps_of(*args, **kwargs)
         rates.append(len(tuner.train) / (time.perf_counter() - began))
         return out
-    loop._some_steps = timed
+    training._some_steps = timed
     before = bare()
     tuner.run_phase(phase)
     after = bare()
@@ -220,7 +220,7 @@ def _memory_of(folder, size, cache, share):
     import numpy as np
 
     import sft_course.recipe as recipe
-    from sft_course.backbones import open_backbone
+    from sft_course.tools.opening import open_backbone
     from sft_course.tools.settings import load_settings
     from sft_course.tools.intake import scan
     opened = open_backbone("lite0")

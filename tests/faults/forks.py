@@ -263,7 +263,7 @@ def serve():
     import safetensors.torch  # noqa: F401
 
     import sft_course.tools.cli  # noqa: F401
-    from sft_course.backbones import open_backbone
+    from sft_course.tools.opening import open_backbone
 
     open_backbone(NETWORK, None)
     answers = os.fdopen(os.dup(1), "w")

@@ -13,10 +13,10 @@ import torch
 from forks import NETWORK, SIZE, pictures, plan
 
 from sft_course import FineTuner, load_settings
-from sft_course.backbones import open_backbone
+from sft_course.tools.opening import open_backbone
 from sft_course.tools.settings import SFTError
 from sft_course.tools.intake import scan
-from sft_course.loop import read_checkpoint
+from sft_course.tools.checkpoints import read_checkpoint
 from sft_course.recipe import load_artifact
 
 

@@ -12,7 +12,7 @@ import pytest
 from forks import litter, made, used
 
 from sft_course.tools.settings import SFTError
-from sft_course.loop import read_checkpoint
+from sft_course.tools.checkpoints import read_checkpoint
 from sft_course.recipe import load_artifact
 
 
