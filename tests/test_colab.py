@@ -141,7 +141,7 @@ def test_no_other_cell_installs_anything(path):
 
 def test_widgets_are_those_that_colab_has_too():
     "Colab stays at ipywidgets 7: nothing newer, no widgets of other packages, and no custom ones."
-    names = set(re.findall(r"\bw\.([A-Z]\w+)", (REPO / "sft_course" / "widgets.py").read_text()))
+    names = set(re.findall(r"\bw\.([A-Z]\w+)", (REPO / "sft_course" / "tools" / "widgets.py").read_text()))
     assert names and names <= {"FloatSlider", "IntSlider", "FloatLogSlider", "ToggleButtons", "Dropdown", "Checkbox", "Button",
                                "HTML", "Label", "Output", "Image", "VBox", "HBox", "Layout", "Play", "SelectionSlider",
                                "IntProgress", "RadioButtons", "Text", "Select"}
