@@ -83,9 +83,9 @@ save: $(READY) ## run every notebook and keep the outputs
 	SFT_STRICT=1 $(BIN)/nbdev-test --n-workers 1 --timing --save nbs
 	$(BIN)/nbdev-clean
 
-record: $(READY) ## make the recorded runs of a chapter: make record CHAPTER=00
-	for notebook in $(wildcard nbs/$(CHAPTER)_*.ipynb nbs/tools/$(CHAPTER).ipynb) $$(grep -l 'recorded(\\"$(CHAPTER)_' nbs/tools/*.ipynb); do \
-	  SFT_RECORD=1 $(BIN)/nbdev-test --cell-timeout 0 --n-workers 1 --do-print $$notebook || exit 1; done
+record: $(READY) ## make the recorded runs of a chapter, wherever they are made: make record CHAPTER=00
+	for notebook in $$({ ls nbs/tools/$(CHAPTER).ipynb 2> /dev/null; grep -lE 'recorded\(\\"$(CHAPTER)(_|\\")' nbs/*.ipynb nbs/tools/*.ipynb; } | sort -u); do \
+		SFT_RECORD=1 $(BIN)/nbdev-test --cell-timeout 0 --n-workers 1 --do-print $$notebook || exit 1; done
 
 lint: $(READY) ## ruff on the tests
 	$(BIN)/ruff check tests

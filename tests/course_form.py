@@ -45,7 +45,6 @@ TOOLS_MOST = {"line": LINE, "long": 0}
 ALLOWED: dict[str, dict[str, float]] = {
     "00_concepts": {"cells": 120, "exported": 348, "line": 173, "long": 54},
     "02_backbones": {"cells": 219, "words": 3889, "exported": 507, "line": 199, "long": 126},
-    "03_loss": {"cells": 159, "words": 3408, "line": 302, "long": 86},
     "04_loop": {"cells": 231, "words": 3879, "exported": 306, "line": 149, "long": 129},
     "05_frozen_head": {"cells": 228, "words": 4296, "exported": 614, "line": 180, "long": 187},
     "06_unfreezing": {"cells": 163, "words": 3934, "line": 260, "long": 117},

@@ -16,14 +16,12 @@ from sft_course.losses import (
     class_weights,
     cross_entropy,
     cross_entropy_gradient,
-    focal_loss,
-    interpolate,
     log_softmax,
-    mix,
     soft_labels,
     softmax,
     squared_error,
 )
+from sft_course.tools.loss_lab import focal_loss, interpolate, mix
 
 quick = settings(max_examples=60, deadline=None)
 
