@@ -144,7 +144,7 @@ def test_widgets_are_those_that_colab_has_too():
     names = set(re.findall(r"\bw\.([A-Z]\w+)", (REPO / "sft_course" / "tools" / "widgets.py").read_text()))
     assert names and names <= {"FloatSlider", "IntSlider", "FloatLogSlider", "ToggleButtons", "Dropdown", "Checkbox", "Button",
                                "HTML", "Label", "Output", "Image", "VBox", "HBox", "Layout", "Play", "SelectionSlider",
-                               "IntProgress", "RadioButtons", "Text", "Select"}
+                               "IntProgress", "RadioButtons", "Text", "Select", "FileUpload"}
     wanted = next(r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "ipywidgets")
     assert wanted.specifier.contains("7.7.1")
 
