@@ -10,11 +10,11 @@ import timm
 import torch
 from torch import fx, nn
 
-from sft_course import freezing
 from sft_course.backbones import open_backbone
 from sft_course.core import SFTError
 from sft_course.data import decode_once, plain_view, scan
 from sft_course.freezing import Recomputed, Rows, activations, fit_head, lower_code, split_at, stage_features, weights_key
+from sft_course.tools import activations as cache_module
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_what_fits_nowhere_is_computed_again_in_pieces(store, files, net, monkey
     want = np.array(store(net))
     net[0].weight.data += 1
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(freezing, "free_memory", lambda: 1000)
+        m.setattr(cache_module, "free_memory", lambda: 1000)
         again = store(net, budget_bytes=100)
     assert isinstance(again, Recomputed) and files() == 1
     want = np.array(store(net))
@@ -202,7 +202,7 @@ def test_what_fits_nowhere_is_computed_again_in_pieces(store, files, net, monkey
 
 def test_a_head_can_be_fitted_on_features_that_are_nowhere(store, monkeypatch):
     kept = store(Pool())
-    monkeypatch.setattr(freezing, "free_memory", lambda: 0)
+    monkeypatch.setattr(cache_module, "free_memory", lambda: 0)
     monkeypatch.setattr(torch, "__version__", "99.0")
     again = store(Pool(), budget_bytes=1)
     assert isinstance(again, Recomputed)
@@ -222,7 +222,7 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("free", [10**9, 0])
 def test_large_and_infinite_values_without_a_file(store, files, monkeypatch, free):
-    monkeypatch.setattr(freezing, "free_memory", lambda: free)
+    monkeypatch.setattr(cache_module, "free_memory", lambda: free)
     large = store(Scaled(1e7), budget_bytes=1)
     assert large.dtype == np.float32 and np.array_equal(large[:], store(Scaled(1e7)))
     with pytest.raises(SFTError, match="that are not finite"):

@@ -204,10 +204,11 @@ def fit_wide_head(features, labels: torch.Tensor, classes: int, weight_decay: fl
     """As `fit_head`, from products of rows where there are fewer rows than columns (and no more than 3000):
     the same (W, b) in less time."""
     n, d = features.shape
-    if not 1 < n < min(d, 3001): return fit_head(features, labels, classes, weight_decay, max_iter=max_iter)
+    if not 1 < n < min(d, 3001):
+        return fit_head(features, labels, classes, weight_decay, max_iter=max_iter)
     x = _as_float(features).to(torch.as_tensor(labels).device)
     mean = x.mean(0)
-    x -= mean
+    x = x - mean  # not in place: `x` may be the caller's own tensor
     U, S = _spectrum(x @ x.T)
     V, c = fit_head((U * S).float(), labels, classes, weight_decay, max_iter=max_iter)
     W = (V.double() / S @ U.T).float() @ x

@@ -158,7 +158,7 @@ def points(spec, said):
     import torch
 
     import sft_course.data as data
-    import sft_course.freezing as freezing
+    import sft_course.tools.activations as activations
 
     roots, me, busy = tuple(os.fspath(spec[k]) for k in ("out", "cache")), os.getpid(), []
 
@@ -248,7 +248,7 @@ def points(spec, said):
     def opened(path, mode="r", *how):
         return Counted(path, mode, *how) if mode == "wb" else open(path, mode, *how)
 
-    data.open = freezing.open = opened
+    data.open = activations.open = opened
 
 
 # ---- the server
