@@ -73,8 +73,9 @@ def exact_head(data: PixelCache, net: Backbone, size: int = 96) -> Backbone:
     labels = torch.from_numpy(data.catalog.labels).to(device)
     center = plain_view(len(labels), size / data.pixels.shape[1])
     body, _ = split_at(net, len(net.stages) - 1)
-    x = predict_logits(body, lambda at: to_input(data.pixels[at], center[at],
-                                                 size, net.mean, net.std, device), len(labels)).flatten(1)
+    x = predict_logits(
+        body, lambda at: to_input(data.pixels[at], center[at], size, net.mean, net.std, device), len(labels),
+    ).flatten(1)
     heads = [fit_head(x[train], labels[train], len(data.catalog.classes), decay) for decay in (.01, .1, 1.)]
     W, b = min(heads, key=lambda head: F.cross_entropy(x[val] @ head[0].T + head[1], labels[val]))
     with torch.no_grad():

@@ -97,7 +97,7 @@ def upper_loop(data: PixelCache, lr: float, seed: int = 0, epochs: int = 8,
 def training_costs(backbone: Backbone, size: int, batch: int = 1) -> list[dict[str, Any]]:
     """What a step of training on `batch` images of `size` pixels costs, a row for each count of upper stages.
 
-    A row: `train`, the count; `stage`, the lowest that trains; its `parameters`; `bytes` of activations,
+    A row: `train`, the count; `stage`, the lowest that trains; `parameters` that train; `bytes`: activations,
     gradients and AdamW's moments (float32); `multiply_adds`, the backward pass taken as twice the forward;
     `cached_multiply_adds` where the output of the frozen stages is cached.
     """

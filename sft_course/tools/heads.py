@@ -50,13 +50,13 @@ def fit_head(features, labels: torch.Tensor, classes: int, weight_decay: float =
         raise SFTError(f"{len(features)} rows of features, {len(labels)} labels: give one label from 0 to "
                        f"{classes - 1} for each row.")
     rows = _chunks(features, chunk)
-    m, s = (t.to(labels.device)
-            for t in (_spread(features, rows) if standardise else (torch.zeros(d), torch.ones(d))))
+    m, s = (t.to(labels.device) for t in (_spread(features, rows) if standardise
+                                          else (torch.zeros(d), torch.ones(d))))
     W, b = (t.detach().to(m) for t in start or (torch.zeros(classes, d), torch.zeros(classes)))
     V, c = (W * s).nan_to_num(0, 0, 0), b + W @ m  # the same head on standardised columns
     def part(r):
-        return (_as_float(features, r).to(labels.device)
-                - m) / s if standardise else _as_float(features, r).to(labels.device)
+        return ((_as_float(features, r).to(labels.device) - m) / s if standardise
+                else _as_float(features, r).to(labels.device))
     kept = [part(r) for r in rows] if len(rows) == 1 else None
     _minimise(V, c, lambda: zip(rows, kept or map(part, rows)), labels, weight_decay, max_iter)
     return V / s, c - (V / s) @ m
