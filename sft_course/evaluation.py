@@ -24,7 +24,7 @@ from .tools.pixels import PixelCache
 from .data import plain_view, to_input
 from .backbones import Backbone
 from .loop import predict_logits
-from .freezing import pictures_at_once
+from .tools.surgery import pictures_at_once
 
 # %% ../nbs/08_evaluation.ipynb #d8b0060d
 @dataclass(frozen=True, eq=False)

@@ -32,12 +32,12 @@ from .tools.opening import open_backbone
 from .tools.costs import stage_costs
 from .tools.checkpoints import read_checkpoint
 from .tools.steps import Diverged
-from .loop import batches, copy_state, predict_logits, score, Score
+from .loop import batches, copy_state, predict_logits, Score, score
 from .tools.training import fit
-from sft_course.freezing import (
-    activations, choose_head, EveryStage, fit_wide_head, fold_for, head_logits, HeadChoice,
-    pictures_at_once, Rows, split_at, stage_features,
-)
+from .tools.surgery import fold_for, pictures_at_once, split_at
+from .tools.activations import activations
+from .tools.taps import EveryStage, stage_features
+from .tools.heads import choose_head, fit_wide_head, head_logits, HeadChoice, Rows
 from .unfreezing import first_trainable, freeze_below, param_groups, training_mode
 from .schedules import schedule, SCHEDULES
 from .evaluation import eval_logits, Evaluation, report_html
@@ -188,7 +188,7 @@ from .tools.weights import load_weights
 from .backbones import Stage
 from .tools.opening import fitting_size
 from .tools.checkpoints import save_checkpoint
-from .freezing import Recomputed, weights_key
+from .tools.activations import Recomputed, weights_key
 
 # %% ../nbs/09_recipe.ipynb #402af6cc
 def _network_for(backbone: str | Backbone | nn.Module, weights: str | Path | None, settings: Settings) -> Backbone:

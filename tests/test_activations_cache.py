@@ -10,13 +10,16 @@ import timm
 import torch
 from torch import fx, nn
 
-from sft_course import freezing
 from sft_course.tools.opening import open_backbone
 from sft_course.tools.settings import SFTError
 from sft_course.tools.pixels import decode_once
 from sft_course.data import plain_view
 from sft_course.tools.intake import scan
-from sft_course.freezing import Recomputed, Rows, activations, fit_head, lower_code, split_at, stage_features, weights_key
+from sft_course.tools.activations import Recomputed, activations, lower_code, weights_key
+from sft_course.tools.heads import Rows, fit_head
+from sft_course.tools.surgery import split_at
+from sft_course.tools.taps import stage_features
+from sft_course.tools import activations as cache_module
 
 
 @pytest.fixture
@@ -153,7 +156,9 @@ def test_another_number_of_threads_is_another_file(store, files):
 
 KEYS = """
 from sft_course.tools.opening import open_backbone
-from sft_course.freezing import lower_code, split_at, stage_features
+from sft_course.tools.activations import lower_code
+from sft_course.tools.surgery import split_at
+from sft_course.tools.taps import stage_features
 b = open_backbone("resnet10t", None)
 print(lower_code(stage_features(b)), lower_code(split_at(b, 2)[0]), lower_code(b.model))
 """
@@ -193,7 +198,7 @@ def test_what_fits_nowhere_is_computed_again_in_pieces(store, files, net, monkey
     want = np.array(store(net))
     net[0].weight.data += 1
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(freezing, "free_memory", lambda: 1000)
+        m.setattr(cache_module, "free_memory", lambda: 1000)
         again = store(net, budget_bytes=100)
     assert isinstance(again, Recomputed) and files() == 1
     want = np.array(store(net))
@@ -204,7 +209,7 @@ def test_what_fits_nowhere_is_computed_again_in_pieces(store, files, net, monkey
 
 def test_a_head_can_be_fitted_on_features_that_are_nowhere(store, monkeypatch):
     kept = store(Pool())
-    monkeypatch.setattr(freezing, "free_memory", lambda: 0)
+    monkeypatch.setattr(cache_module, "free_memory", lambda: 0)
     monkeypatch.setattr(torch, "__version__", "99.0")
     again = store(Pool(), budget_bytes=1)
     assert isinstance(again, Recomputed)
@@ -224,7 +229,7 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("free", [10**9, 0])
 def test_large_and_infinite_values_without_a_file(store, files, monkeypatch, free):
-    monkeypatch.setattr(freezing, "free_memory", lambda: free)
+    monkeypatch.setattr(cache_module, "free_memory", lambda: free)
     large = store(Scaled(1e7), budget_bytes=1)
     assert large.dtype == np.float32 and np.array_equal(large[:], store(Scaled(1e7)))
     with pytest.raises(SFTError, match="that are not finite"):

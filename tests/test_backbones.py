@@ -9,7 +9,7 @@ from sft_course.tools.weights import load_weights
 from sft_course.backbones import new_head
 from sft_course.tools.opening import open_backbone
 from sft_course.tools.settings import SFTError
-from sft_course.freezing import split_at
+from sft_course.tools.surgery import split_at
 
 FAMILIES = ["lite0", "resnet18", "efficientnet_b0", "mobilenet_v3_small", "convnext_tiny", "vit_b_16", "swin_t", "densenet121", "regnet_y_400mf",
             "vit_tiny_patch16_224", "convnext_atto", "regnety_002"]

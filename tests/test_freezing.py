@@ -11,7 +11,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from sft_course import freezing
 from sft_course.backbones import new_head
 from sft_course.tools.opening import open_backbone
 from sft_course.tools.settings import SFTError
@@ -19,19 +18,14 @@ from sft_course.core import what_moved
 from sft_course.tools.pixels import decode_once
 from sft_course.data import plain_view
 from sft_course.tools.intake import scan
-from sft_course.freezing import (
-    EveryStage,
-    activations,
-    choose_head,
-    fit_head,
-    fold_batch_norms,
-    lower_code,
-    split_at,
-    stage_features,
-    weights_key,
-)
+from sft_course.tools.taps import EveryStage, stage_features
+from sft_course.tools.activations import activations, lower_code, weights_key
+from sft_course.tools.heads import choose_head, fit_head
+from sft_course.tools.surgery import fold_batch_norms, split_at
 from sft_course.loop import copy_state
 from sft_course.tools.steps import train_epoch
+from sft_course.tools import activations as cache_module
+from sft_course.tools import heads
 
 NATIVE = ("vit_tiny_patch16_224",)  # takes no other size
 FAMILIES = ["lite0", "resnet18", "efficientnet_b0", "mobilenet_v3_small", "convnext_atto", "vit_tiny_patch16_224", "swin_t", "densenet121",
@@ -224,7 +218,7 @@ def test_activations_are_kept_and_found(kept, monkeypatch):
     net.train()
     first = store()
     assert first.shape == (20, 4, 15, 15) and first.dtype == np.float16 and net.training and net[1].num_batches_tracked == 0
-    monkeypatch.setattr(freezing, "_compute", lambda *a: pytest.fail("computed twice"))
+    monkeypatch.setattr(cache_module, "_compute", lambda *a: pytest.fail("computed twice"))
     assert np.array_equal(store(), first) and len(files(cache)) == 1
 
 
@@ -260,7 +254,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(kept, monkeypatch):
 
     def full(*a):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(freezing.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SFTError, match="cannot be kept there .No space left on device.; make room, or set another `cache`"):
         store()
     assert files(cache) == []
@@ -281,9 +275,9 @@ def test_an_interrupted_run_leaves_nothing(kept, monkeypatch):
         if len(calls) == 2:
             raise KeyboardInterrupt
         return to_input(*a, **k)
-    to_input = freezing.to_input
-    monkeypatch.setattr(freezing, "to_input", stop)
-    monkeypatch.setattr(freezing, "pictures_at_once", lambda *_: 2)
+    to_input = cache_module.to_input
+    monkeypatch.setattr(cache_module, "to_input", stop)
+    monkeypatch.setattr(cache_module, "pictures_at_once", lambda *_: 2)
     with pytest.raises(KeyboardInterrupt):
         store()
     assert files(cache) == []
@@ -373,6 +367,15 @@ def test_a_column_that_does_not_vary_counts_for_nothing():
     assert np.allclose(probabilities(head, more), probabilities(fit_head(x, y, 3, .01, standardise=True), x), atol=1e-2)
 
 
+def test_fitting_on_fewer_columns_gives_the_same_head_and_leaves_the_features_as_they_were():
+    x, y = blobs(n=60, d=200)
+    x += 3
+    before = x.clone()
+    plain, wide = fit_head(x, y, 3, .1, max_iter=1000), heads.fit_wide_head(x, y, 3, .1, max_iter=1000)
+    assert torch.equal(x, before)
+    assert np.allclose(probabilities(wide, x), probabilities(plain, x), atol=2e-3)
+
+
 def test_labels_that_do_not_fit_are_one_sentence():
     x, y = blobs()
     for wrong in (y[:-1], y + 1, y - 1):
@@ -394,7 +397,7 @@ def test_the_scores_are_those_of_plain_cross_validation():
     x, y = blobs(n=90, d=60)
     views = [x, x + .3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5))]
     found = choose_head(views, 20, y, 3, decays=(.03, .3), max_iter=300)
-    mean, fold = sum(views) / 2, freezing._folds(y.numpy(), 3, 0)
+    mean, fold = sum(views) / 2, heads._folds(y.numpy(), 3, 0)
     for row in found.scores:
         columns, logits = slice(0, None if row["every_stage"] else 20), torch.zeros(90, 3)
         for k in range(3):
@@ -406,13 +409,13 @@ def test_the_scores_are_those_of_plain_cross_validation():
 
 def test_folds_are_even_and_a_sample_keeps_the_shares():
     y = np.repeat(np.arange(3), (10, 20, 31))
-    fold = freezing._folds(y, 3, 0)
+    fold = heads._folds(y, 3, 0)
     for k in range(3):
         counts = np.bincount(fold[y == k], minlength=3)
         assert np.ptp(counts) <= 1
-    rows = freezing._few(y, 30, 0)
+    rows = heads._few(y, 30, 0)
     assert len(rows) == 30 == len(set(rows)) and abs(np.bincount(y[rows]) - np.array([5, 10, 15])).max() <= 1
-    assert np.array_equal(freezing._few(y, 100, 0), np.arange(61))
+    assert np.array_equal(heads._few(y, 100, 0), np.arange(61))
 
 
 def test_choosing_survives_few_pictures_and_a_lonely_class():

@@ -20,7 +20,8 @@ ORDER = [
     "tools.budget", "tools.catalog", "tools.folders", "tools.tables", "tools.intake", "tools.given", "tools.decoding",
     "tools.pixels", "tools.copies", "tools.problems",
     "data", "tools.weights", "backbones", "tools.stages", "tools.opening", "tools.costs", "losses", "tools.loss_lab",
-    "tools.checkpoints", "tools.steps", "loop", "tools.training", "freezing", "unfreezing", "schedules", "evaluation", "recipe",
+    "tools.checkpoints", "tools.steps", "loop", "tools.training",
+    "tools.surgery", "tools.activations", "tools.taps", "tools.heads", "freezing", "unfreezing", "schedules", "evaluation", "recipe",
     "tools.ladder", "tools.widgets", "tools.exercises", "tools.cli",
 ]
 

@@ -20,7 +20,7 @@ from .pixels import decode_once, PixelCache
 from ..data import decoded_size, plain_view, to_input
 from ..backbones import Backbone, new_head
 from .opening import open_backbone
-from ..loop import plain_loop, predict_logits, score, Score
+from ..loop import plain_loop, predict_logits, Score, score
 from ..freezing import exact_head, head_loop
 from ..unfreezing import upper_loop
 from ..schedules import scheduled_loop

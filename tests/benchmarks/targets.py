@@ -153,7 +153,7 @@ def boundary(folder, size, cache, epochs=4):
 def rounded(lower, size):
     import torch
 
-    from sft_course.freezing import fold_batch_norms
+    from sft_course.tools.surgery import fold_batch_norms
     class Half(torch.nn.Module):
         def forward(self, x):
             return x.half().float()

@@ -157,7 +157,7 @@ def points(spec, said):
     import numpy as np
     import torch
 
-    import sft_course.freezing as freezing
+    import sft_course.tools.activations as activations
     import sft_course.tools.pixels as pixels
 
     roots, me, busy = tuple(os.fspath(spec[k]) for k in ("out", "cache")), os.getpid(), []
@@ -248,7 +248,7 @@ def points(spec, said):
     def opened(path, mode="r", *how):
         return Counted(path, mode, *how) if mode == "wb" else open(path, mode, *how)
 
-    pixels.open = freezing.open = opened
+    pixels.open = activations.open = opened
 
 
 # ---- the server
