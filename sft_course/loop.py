@@ -110,8 +110,8 @@ def plain_loop(data: PixelCache, lr: float, seed: int = 0, epochs: int = 8,
             optimizer.step()
             hits += (logits.argmax(1) == labels[train[rows]]).sum().item()
         now = score(predict_logits(net.model, lambda at: images(val[at], center), len(val)), labels[val])
-        history.append({"train_accuracy": hits / len(train),
-                        "val_accuracy": now.accuracy, "val_loss": now.loss})
+        history.append({"train_accuracy": hits / len(train), "val_accuracy": now.accuracy,
+                        "val_loss": now.loss})
         if now.loss < lowest:
             lowest = now.loss
             best = copy_state(net.model)

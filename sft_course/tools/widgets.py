@@ -797,9 +797,17 @@ class LiveCurve:
         return self.drawing._repr_mimebundle_()
 
 # %% ../../nbs/tools/widgets.ipynb #sd000002
+def _statements(function: Callable) -> list[str]:
+    "The lines of a function below its signature and docstring."
+    import ast
+    import textwrap
+
+    source = textwrap.dedent(inspect.getsource(function))
+    node = ast.parse(source).body[0]
+    first = node.body[1 if ast.get_docstring(node) else 0]
+    return source.splitlines()[first.lineno - 1 :]
+
 def show_diff(old: Callable, new: Callable) -> str:
     "The lines that differ between two functions, with their neighbours: minus was, plus is."
-    a, b = (inspect.getsource(f).splitlines() for f in (old, new))
-    start = 2  # the name and the sentence below it differ always
-    lines = list(difflib.unified_diff(a[start:], b[start:], lineterm="", n=1))[2:]
-    return "\n".join("" if line.startswith("@@") else line for line in lines).strip("\n")
+    changes = list(difflib.unified_diff(_statements(old), _statements(new), lineterm="", n=1))[2:]
+    return "\n".join("" if line.startswith("@@") else line for line in changes).strip("\n")
