@@ -40,7 +40,8 @@ def __getattr__(name):
 # %% ../nbs/08_evaluation.ipynb #d8b0060d
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    "What a network says of n pictures. `classes`: k names; `paths`: n files; `labels`: int64 (n,); `logits`: float32 (n, k)."
+    """What a network says of n pictures. `classes`: k names; `paths`: n files; `labels`: int64 (n,);
+    `logits`: float32 (n, k)."""
     classes: tuple[str, ...]
     paths: list[str]
     labels: np.ndarray
@@ -48,10 +49,19 @@ class Evaluation:
 
     def __post_init__(self):
         y, z = np.asarray(self.labels, np.int64), np.asarray(self.logits, np.float32)
-        if z.shape != (len(y), len(self.classes)) or len(self.paths) != len(y) or ((y < 0) | (y >= len(self.classes))).any():
-            raise SFTError(f"evaluation: {len(self.paths)} paths, labels {y.shape} and logits {z.shape} do not fit {len(self.classes)} classes; "
-                           "give one path, one label and one row of logits for each picture.")
-        for name, value in zip(("classes", "paths", "labels", "logits"), (tuple(self.classes), list(self.paths), y, z)):
+        if (
+            z.shape != (len(y), len(self.classes))
+            or len(self.paths) != len(y)
+            or ((y < 0) | (y >= len(self.classes))).any()
+        ):
+            raise SFTError(
+                f"evaluation: {len(self.paths)} paths, labels {y.shape} and logits {z.shape} do not fit "
+                f"{len(self.classes)} classes; "
+                "give one path, one label and one row of logits for each picture."
+            )
+        for name, value in zip(
+            ("classes", "paths", "labels", "logits"), (tuple(self.classes), list(self.paths), y, z)
+        ):
             object.__setattr__(self, name, value)
 
     @property
@@ -69,7 +79,9 @@ class Evaluation:
 
     def take(self, rows) -> "Evaluation":
         "The same of some of the pictures only, in the order of `rows`."
-        return replace(self, paths=[self.paths[i] for i in rows], labels=self.labels[rows], logits=self.logits[rows])
+        return replace(
+            self, paths=[self.paths[i] for i in rows], labels=self.labels[rows], logits=self.logits[rows]
+        )
 
 # %% ../nbs/08_evaluation.ipynb #39202763
 def _finite(logits: np.ndarray) -> np.ndarray:
@@ -81,10 +93,15 @@ def _softmax(z: np.ndarray) -> np.ndarray:
     return e / e.sum(1, keepdims=True)
 
 # %% ../nbs/08_evaluation.ipynb #f25996f2
-def eval_logits(backbone: Backbone, pixels: np.ndarray, size: int, device="cpu", rows: np.ndarray | None = None) -> torch.Tensor:
-    """Logits (n, classes) of decoded pictures uint8 (n, s, s, 3): the mean over the plain view and its mirror image.
+def eval_logits(
+    backbone: Backbone, pixels: np.ndarray, size: int, device="cpu", rows: np.ndarray | None = None
+) -> torch.Tensor:
+    """Logits (n, classes) of decoded pictures uint8 (n, s, s, 3): the mean over the plain view and its mirror
+    image.
 
-    rows: only of these pictures; then `pixels` may be memory-mapped, and no more than a batch of it is in memory."""
+    rows: only of these pictures; then `pixels` may be memory-mapped, and no more than a batch of it is in
+    memory.
+    """
     rows = np.arange(len(pixels)) if rows is None else np.asarray(rows)
     def logits(flip):
         theta = plain_view(len(rows), size / pixels.shape[1], flip)
@@ -93,11 +110,18 @@ def eval_logits(backbone: Backbone, pixels: np.ndarray, size: int, device="cpu",
     return (logits(False) + logits(True)) / 2
 
 # %% ../nbs/08_evaluation.ipynb #bc54c996
-def evaluate(backbone: Backbone, pixels: PixelCache, rows: np.ndarray, size: int, classes: Sequence[str] | None = None, device="cpu") -> Evaluation:
+def evaluate(
+    backbone: Backbone,
+    pixels: PixelCache,
+    rows: np.ndarray,
+    size: int,
+    classes: Sequence[str] | None = None,
+    device="cpu",
+) -> Evaluation:
     """The `Evaluation` of decoded pictures `rows` at `size` pixels, by `eval_logits`.
 
-    classes: the names behind the network's outputs where they are not the folder's (a folder may show fewer of them).
-    Raises `SFTError` for a class that the network does not know.
+    classes: the names behind the network's outputs where they are not the folder's (a folder may show
+    fewer of them). Raises `SFTError` for a class that the network does not know.
     """
     c = pixels.catalog
     names, code = _one_order(c.classes, tuple(classes or c.classes))
@@ -107,15 +131,26 @@ def evaluate(backbone: Backbone, pixels: PixelCache, rows: np.ndarray, size: int
 def _one_order(folder: tuple[str, ...], network: tuple[str, ...]) -> tuple[tuple[str, ...], np.ndarray]:
     "The network's class names, and the place of each of the folder's classes among them."
     for c in folder:
-        if c not in network: raise SFTError(f"class {c!r} is none of the network's ({', '.join(network[:6])}{', …' * (len(network) > 6)}); rename or remove it.")
+        if c not in network:
+            raise SFTError(
+                f"class {c!r} is none of the network's "
+                f"({', '.join(network[:6])}{', …' * (len(network) > 6)}); rename or remove it."
+            )
     return network, np.array([network.index(c) for c in folder])
 
 # %% ../nbs/08_evaluation.ipynb #aef63545
 def wilson(successes, n, level: float = .95):
-    """(low, high) for the share behind `successes` of `n`, numbers or arrays of them; (0, 1) where n is 0. Source: Wilson 1927."""
+    """(low, high) for the share behind `successes` of `n`, numbers or arrays of them; (0, 1) where n is 0.
+    Source: Wilson 1927."""
     s, n, z = np.asarray(successes, float), np.asarray(n, float), NormalDist().inv_cdf((1 + level) / 2)
-    middle, half = (s + z * z / 2) / (n + z * z), z / (n + z * z) * np.sqrt(s * (n - s) / np.maximum(n, 1) + z * z / 4)
-    low, high = np.where(s <= 0, 0., middle - half), np.where(s >= n, 1., middle + half)  # there exactly 0 and 1, without rounding
+    middle, half = (
+        (s + z * z / 2) / (n + z * z),
+        z / (n + z * z) * np.sqrt(s * (n - s) / np.maximum(n, 1) + z * z / 4),
+    )
+    low, high = (
+        np.where(s <= 0, 0.0, middle - half),
+        np.where(s >= n, 1.0, middle + half),
+    )  # there exactly 0 and 1, without rounding
     return (low, high) if low.ndim else (float(low), float(high))
 
 # %% ../nbs/08_evaluation.ipynb #27cf7584
@@ -126,25 +161,34 @@ def confusion(e: Evaluation) -> np.ndarray:
 
 # %% ../nbs/08_evaluation.ipynb #1a9abd67
 def confused_pairs(e: Evaluation, most: int = 10):
-    "DataFrame of the `most` frequent confusions: `truth`, `taken for`, `pictures`, and their `share` of the pictures of that truth."
+    """DataFrame of the `most` frequent confusions: `truth`, `taken for`, `pictures`, and their `share` of
+    the pictures of that truth."""
     import pandas as pd
     table = confusion(e)
     wrong = table * (1 - np.eye(len(table), dtype=int))
     order = [i for i in np.argsort(-wrong, axis=None, kind="stable")[:most] if wrong.flat[i]]
-    rows = [(e.classes[i], e.classes[j], wrong[i, j], wrong[i, j] / table[i].sum()) for i, j in (divmod(int(o), len(table)) for o in order)]
+    rows = [
+        (e.classes[i], e.classes[j], wrong[i, j], wrong[i, j] / table[i].sum())
+        for i, j in (divmod(int(o), len(table)) for o in order)
+    ]
     return pd.DataFrame(rows, columns=["truth", "taken for", "pictures", "share"])
 
 # %% ../nbs/08_evaluation.ipynb #9979c954
 def confusion_figure(e: Evaluation, most: int = 15):
-    "A matplotlib figure: the confusion matrix, or for more than `most` classes the pairs most often confused."
+    """A matplotlib figure: the confusion matrix, or for more than `most` classes the pairs most often
+    confused."""
     import matplotlib.pyplot as plt
     k, table = len(e.classes), confusion(e)
     if k > most: return _pairs_figure(e)
     fig, ax = plt.subplots(figsize=(1.8 + .62 * k, 1.3 + .5 * k))
-    ax.imshow(table / np.maximum(table.sum(1, keepdims=True), 1), cmap=_shades(), vmin=0, vmax=1, aspect="auto")
+    ax.imshow(
+        table / np.maximum(table.sum(1, keepdims=True), 1), cmap=_shades(), vmin=0, vmax=1, aspect="auto"
+    )
     for i, j in np.ndindex(k, k):
-        if table[i, j]: ax.text(j, i, table[i, j], ha="center", va="center", weight="bold" if i == j else None)
-    ax.set_xticks(range(k), e.classes, rotation=40, ha="right", rotation_mode="anchor"); ax.set_yticks(range(k), e.classes)
+        if table[i, j]:
+            ax.text(j, i, table[i, j], ha="center", va="center", weight="bold" if i == j else None)
+    ax.set_xticks(range(k), e.classes, rotation=40, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(k), e.classes)
     ax.set(xlabel="taken for", ylabel="truth"); ax.grid(False)
     return fig
 
@@ -157,24 +201,31 @@ def _pairs_figure(e: Evaluation):
     import matplotlib.pyplot as plt
     pairs = confused_pairs(e, 15)[::-1]
     fig, ax = plt.subplots(figsize=(7, .8 + .3 * max(len(pairs), 1)))
-    ax.barh([f"{t} → {p}" for t, p in zip(pairs.truth, pairs["taken for"])], pairs.pictures, color=PALETTE["destroyed"])
+    ax.barh(
+        [f"{t} → {p}" for t, p in zip(pairs.truth, pairs["taken for"])],
+        pairs.pictures,
+        color=PALETTE["destroyed"],
+    )
     ax.set(xlabel="pictures"); ax.grid(False, axis="y")
     return fig
 
 # %% ../nbs/08_evaluation.ipynb #c2d001f8
 def per_class(e: Evaluation):
-    """DataFrame, a row a class: `pictures` of it, `recall` (share of them found), `predicted` (pictures taken for it), `precision` (share
-    of those that are it), each share with the `low` and `high` end of its 95 % interval; NaN for a share of nothing."""
+    """DataFrame, a row a class: `pictures` of it, `recall` (share of them found), `predicted` (pictures
+    taken for it), `precision` (share of those that are it), each share with the `low` and `high` end of
+    its 95 % interval; NaN for a share of nothing."""
     import pandas as pd
     table, out = confusion(e), {}
     for count, share, n in (("pictures", "recall", table.sum(1)), ("predicted", "precision", table.sum(0))):
         low, high = wilson(table.diagonal(), n)
-        with np.errstate(invalid="ignore"): out |= {count: n, share: table.diagonal() / n, f"{share} low": low, f"{share} high": high}
+        with np.errstate(invalid="ignore"):
+            out |= {count: n, share: table.diagonal() / n, f"{share} low": low, f"{share} high": high}
     return pd.DataFrame(out, index=pd.Index(e.classes, name="class"))
 
 # %% ../nbs/08_evaluation.ipynb #e057e86e
 def per_class_figure(e: Evaluation):
-    "A matplotlib figure: recall and precision of each class with their 95 % intervals, the lowest recall at the top."
+    """A matplotlib figure: recall and precision of each class with their 95 % intervals, the lowest recall
+    at the top."""
     import matplotlib.pyplot as plt
     table = per_class(e).sort_values("recall", ascending=False)
     fig, axes = plt.subplots(1, 2, figsize=(8, 1.2 + .32 * len(table)), sharey=True)
@@ -192,7 +243,8 @@ def mistakes(e: Evaluation, k: int = 12) -> np.ndarray:
 
 # %% ../nbs/08_evaluation.ipynb #3238c38b
 def center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    "The central uint8 (n, size, size, 3) of decoded pictures (n, s, s, 3): what the plain view shows the network."
+    """The central uint8 (n, size, size, 3) of decoded pictures (n, s, s, 3): what the plain view shows the
+    network."""
     margin = (pixels.shape[1] - size) // 2
     return pixels[:, margin:margin + size, margin:margin + size]
 
@@ -216,24 +268,28 @@ def captions(e: Evaluation, rows: Iterable[int]) -> list[str]:
 
 # %% ../nbs/08_evaluation.ipynb #42a5fbea
 def reliability(e: Evaluation, bins: int = 10):
-    """DataFrame, a row for each of `bins` equal intervals of confidence: its `pictures`, their mean `confidence`, their `accuracy`, and the
-    `low` and `high` end of its 95 % interval; NaN where a bin is empty. Source: DeGroot and Fienberg 1983."""
+    """DataFrame, a row for each of `bins` equal intervals of confidence: its `pictures`, their mean
+    `confidence`, their `accuracy`, and the `low` and `high` end of its 95 % interval; NaN where a bin
+    is empty. Source: DeGroot and Fienberg 1983."""
     import pandas as pd
     at = np.minimum((e.confidence * bins).astype(int), bins - 1)
     n, sure, right = (np.bincount(at, w, bins) for w in (None, e.confidence, e.right))
     low, high = wilson(right, n)
-    with np.errstate(invalid="ignore"): found = {"pictures": n, "confidence": sure / n, "accuracy": right / n, "low": low, "high": high}
+    with np.errstate(invalid="ignore"):
+        found = {"pictures": n, "confidence": sure / n, "accuracy": right / n, "low": low, "high": high}
     return pd.DataFrame(found, index=pd.Index(np.arange(bins) / bins, name="from"))
 
 # %% ../nbs/08_evaluation.ipynb #2e782d8d
 def ece(e: Evaluation, bins: int = 10) -> float:
-    "Expected calibration error: |accuracy − confidence| of the bins of `reliability`, averaged over pictures. Source: Naeini et al. 2015."
+    """Expected calibration error: |accuracy − confidence| of the bins of `reliability`, averaged over
+    pictures. Source: Naeini et al. 2015."""
     r = reliability(e, bins)
     return float((r.pictures * (r.accuracy - r.confidence).abs()).sum() / max(len(e), 1))
 
 # %% ../nbs/08_evaluation.ipynb #21e2365a
 def ece_by_luck(e: Evaluation, bins: int = 10, draws: int = 200, seed: int = 0) -> np.ndarray:
-    "float64 (draws,): the error that `ece` would show if every confidence were true, so that only luck decides which pictures are right."
+    """float64 (draws,): the error that `ece` would show if every confidence were true, so that only luck
+    decides which pictures are right."""
     sure, n = e.confidence, max(len(e), 1)
     at = np.minimum((sure * bins).astype(int), bins - 1)
     luck = np.random.default_rng(seed).random((draws, len(e))) < sure
@@ -241,18 +297,22 @@ def ece_by_luck(e: Evaluation, bins: int = 10, draws: int = 200, seed: int = 0) 
 
 # %% ../nbs/08_evaluation.ipynb #cc853e21
 def with_temperature(e: Evaluation, temperature: float) -> Evaluation:
-    "The same evaluation with every logit divided by `temperature`: above 1 less sure, below 1 surer, the predictions unchanged."
+    """The same evaluation with every logit divided by `temperature`: above 1 less sure, below 1 surer, the
+    predictions unchanged."""
     return replace(e, logits=e.logits / temperature)
 
 # %% ../nbs/08_evaluation.ipynb #e02165e7
 COOLEST, HOTTEST = .05, 20.
 
 def fit_temperature(e: Evaluation) -> float:
-    """The temperature, within `COOLEST` … `HOTTEST`, that makes the labels of `e` most likely; use held-back pictures. Source: Guo et al. 2017.
+    """The temperature, within `COOLEST` … `HOTTEST`, that makes the labels of `e` most likely; use held-back
+    pictures. Source: Guo et al. 2017.
 
-    The slope of the loss in b = 1 / temperature rises with b (the loss is convex), so halving the interval finds its zero.
+    The slope of the loss in b = 1 / temperature rises with b (the loss is convex), so halving the interval
+    finds its zero.
     """
-    if not len(e): raise SFTError("temperature: there are no held-back pictures to fit it on; hold some back.")
+    if not len(e):
+        raise SFTError("temperature: there are no held-back pictures to fit it on; hold some back.")
     z = _finite(e.logits)
     own = z[np.arange(len(e)), e.labels]
     def slope(b): return ((_softmax(b * z) * z).sum(1) - own).mean()
@@ -262,21 +322,40 @@ def fit_temperature(e: Evaluation) -> float:
 
 # %% ../nbs/08_evaluation.ipynb #2987c044
 def reliability_figure(e: Evaluation, temperature: float | None = None, bins: int = 10):
-    "A matplotlib figure: accuracy against confidence with 95 % intervals, as it is and, if given, at a `temperature`."
+    """A matplotlib figure: accuracy against confidence with 95 % intervals, as it is and, if given, at a
+    `temperature`."""
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(4.6, 4.2))
     ax.plot([0, 1], [0, 1], color=PALETTE["chance"], ls=":")
-    series = [("as trained", e, "destroyed", 0)] + ([(f"temperature {temperature:.2f}", with_temperature(e, temperature), "tuned", .008)] if temperature else [])
+    series = [("as trained", e, "destroyed", 0)] + (
+        [(f"temperature {temperature:.2f}", with_temperature(e, temperature), "tuned", 0.008)]
+        if temperature
+        else []
+    )
     for name, one, role, shift in series:
         r = reliability(one, bins).dropna()
-        ax.errorbar(r.confidence + shift, r.accuracy, (r.accuracy - r.low, r.high - r.accuracy), fmt="o-", color=PALETTE[role], capsize=2,
-                    label=f"{name}: error {ece(one, bins):.3f}")
-    ax.set(xlabel="confidence (probability of the predicted class)", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02)); ax.legend(loc="lower right")
+        ax.errorbar(
+            r.confidence + shift,
+            r.accuracy,
+            (r.accuracy - r.low, r.high - r.accuracy),
+            fmt="o-",
+            color=PALETTE[role],
+            capsize=2,
+            label=f"{name}: error {ece(one, bins):.3f}",
+        )
+    ax.set(
+        xlabel="confidence (probability of the predicted class)",
+        ylabel="accuracy",
+        xlim=(0, 1.02),
+        ylim=(0, 1.02),
+    )
+    ax.legend(loc="lower right")
     return fig
 
 # %% ../nbs/08_evaluation.ipynb #f2db97f4
 def nearest(features: np.ndarray, queries: np.ndarray, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    "(indices, similarities), each (m, k): of each of m `queries` (m, d), the k of `features` (n, d) at the smallest angle, and its cosine."
+    """(indices, similarities), each (m, k): of each of m `queries` (m, d), the k of `features` (n, d) at
+    the smallest angle, and its cosine."""
     f, q = (np.asarray(v, np.float32).reshape(len(v), -1) for v in (features, queries))
     f, q = (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-12) for v in (f, q))
     cosine = q @ f.T
@@ -286,37 +365,49 @@ def nearest(features: np.ndarray, queries: np.ndarray, k: int = 3) -> tuple[np.n
 # %% ../nbs/08_evaluation.ipynb #3c4e1d60
 @dataclass(frozen=True)
 class Paired:
-    "Two networks on the same n pictures: how many `only_a` and `only_b` got right, and the probability `p` of a split as uneven by luck."
+    """Two networks on the same n pictures: how many `only_a` and `only_b` got right, and the probability
+    `p` of a split as uneven by luck."""
     only_a: int
     only_b: int
     n: int
     p: float
 
     @property
-    def difference(self) -> float: return (self.only_a - self.only_b) / self.n  # accuracy of a minus that of b
+    def difference(self) -> float:
+        return (self.only_a - self.only_b) / self.n  # accuracy of a minus that of b
 
 # %% ../nbs/08_evaluation.ipynb #ce7de9ec
 def mcnemar(a: Evaluation, b: Evaluation) -> Paired:
-    """Is a better than b? The exact two-sided test on the pictures that only one of them gets right. Source: McNemar 1947.
+    """Is a better than b? The exact two-sided test on the pictures that only one of them gets right. Source:
+    McNemar 1947.
 
     Raises `SFTError` unless both are of the same pictures in the same order.
     """
     if a.paths != b.paths or (a.labels != b.labels).any() or not len(a):
-        raise SFTError(f"mcnemar: evaluations of {len(a)} and {len(b)} pictures; evaluate both networks on the same pictures, in the same order.")
+        raise SFTError(
+            f"mcnemar: evaluations of {len(a)} and {len(b)} pictures; evaluate both networks on the same "
+            f"pictures, in the same order."
+        )
     won, lost = int((a.right & ~b.right).sum()), int((b.right & ~a.right).sum())
     return Paired(won, lost, len(a), min(1., 2 * _tail(min(won, lost), won + lost)))
 
 def _tail(k: int, m: int) -> float:
     "Probability of at most k heads in m throws of a fair coin."
-    def log_share(i): return math.lgamma(m + 1) - math.lgamma(i + 1) - math.lgamma(m - i + 1) - m * math.log(2)
+
+    def log_share(i):
+        return math.lgamma(m + 1) - math.lgamma(i + 1) - math.lgamma(m - i + 1) - m * math.log(2)
+
     return math.fsum(math.exp(log_share(i)) for i in range(k + 1))
 
 # %% ../nbs/08_evaluation.ipynb #6d4ccffa
 def needed_pictures(difference: float, disagree: float, power: float = .8, level: float = .05) -> int:
-    """How many test pictures the test of `mcnemar` needs to find a `difference` in accuracy with probability `power`, where the two
-    networks disagree (one right, one wrong) on a share `disagree` of pictures. Source: Miettinen 1968.
-    """
+    """How many test pictures the test of `mcnemar` needs to find a `difference` in accuracy with
+    probability `power`, where the two networks disagree (one right, one wrong) on a share `disagree` of
+    pictures. Source: Miettinen 1968."""
     if not 0 < abs(difference) <= disagree <= 1:
-        raise SFTError(f"difference = {difference}, disagree = {disagree}: use a difference that is not 0 and at most the share of disagreement.")
+        raise SFTError(
+            f"difference = {difference}, disagree = {disagree}: use a difference that is not 0 and at most "
+            f"the share of disagreement."
+        )
     alpha, beta = NormalDist().inv_cdf(1 - level / 2), NormalDist().inv_cdf(power)
     return math.ceil((alpha * disagree**.5 + beta * (disagree - difference**2)**.5)**2 / difference**2)

@@ -18,10 +18,31 @@ import numpy as np
 import torch
 import sft_course
 from .core import SFTError, Settings, load_settings, open_dataset, pick_device, whole_file
-from .data import Catalog, decode_once, decoded_size, to_input, plain_view, random_view, read_picture, scan
+from sft_course.data import (
+    Catalog,
+    decode_once,
+    decoded_size,
+    to_input,
+    plain_view,
+    random_view,
+    read_picture,
+    scan,
+)
 from .backbones import stage_costs, Backbone, mismatched_keys, new_head, open_backbone
 from .loop import Diverged, Score, batches, copy_state, fit, predict_logits, read_checkpoint, score
-from .freezing import EveryStage, HeadChoice, Rows, activations, choose_head, fit_wide_head, fold_for, head_logits, pictures_at_once, split_at, stage_features
+from sft_course.freezing import (
+    EveryStage,
+    HeadChoice,
+    Rows,
+    activations,
+    choose_head,
+    fit_wide_head,
+    fold_for,
+    head_logits,
+    pictures_at_once,
+    split_at,
+    stage_features,
+)
 from .unfreezing import first_trainable, freeze_below, param_groups, training_mode
 from .schedules import SCHEDULES, schedule
 from .evaluation import Evaluation, eval_logits, report_html
@@ -31,11 +52,12 @@ from .evaluation import Evaluation, eval_logits, report_html
 class Phase:
     """One step of a recipe.
 
-    train: `"head"`, a number of stages from the top, or `"all"`; epochs: passes over the training pictures (for the head,
-    at most that many L-BFGS iterations; None: 200 and 6); lr: peak rate at the head, times `depth_decay` for each stage below;
-    views: views per picture that are computed once and drawn from in each epoch, 0 for a new view every time;
-    batch_stats: whether batch norms use and update the statistics of batches (they must where nothing is pretrained);
-    looks_at: the stages a head sees, `"last"`, `"every"`, or `"either"`, which cross-validation decides.
+    train: `"head"`, a number of stages from the top, or `"all"`; epochs: passes over the training pictures
+    (for the head, at most that many L-BFGS iterations; None: 200 and 6); lr: peak rate at the head, times
+    `depth_decay` for each stage below; views: views per picture that are computed once and drawn from in
+    each epoch, 0 for a new view every time; batch_stats: whether batch norms use and update the statistics
+    of batches (they must where nothing is pretrained); looks_at: the stages a head sees, `"last"`,
+    `"every"`, or `"either"`, which cross-validation decides.
     """
     train: int | str
     epochs: int | None = None
@@ -81,14 +103,19 @@ _ALLOWED = {
 # %% ../nbs/09_recipe.ipynb #381027ff
 def default_phases(settings: Settings, *, train: int | str | None = None, epochs: int | None = None,
                    lr: float | None = None, batch_size: int | None = None) -> tuple[Phase, ...]:
-    """The best head on frozen features, then the upper six stages from there in small batches; more epochs in the full profile.
+    """The best head on frozen features, then the upper six stages from there in small batches; more epochs in
+    the full profile.
 
-    What is given changes the second phase; with `train="head"` there is none. Raises `SFTError` for a value that cannot be.
+    What is given changes the second phase; with `train="head"` there is none. Raises `SFTError` for a
+    value that cannot be.
     """
     given = {k: v for k, v in {"epochs": epochs, "lr": lr, "batch_size": batch_size}.items() if v is not None}
     if train == "head":
         if given:
-            raise SFTError(f"train = 'head': only the head is fitted, so {' and '.join(given)} would change nothing; leave it out.")
+            raise SFTError(
+                f"train = 'head': only the head is fitted, so {' and '.join(given)} would change nothing; "
+                f"leave it out."
+            )
         return (Phase("head"),)
     if isinstance(train, str) and train.isdecimal():  # as a command line has it
         train = int(train)
@@ -123,9 +150,10 @@ class Prediction:
 class Result:
     """A fine-tuned network, and what is known of it.
 
-    card: what `card.json` holds; history: a row per epoch; test, held: what the network says of the test and the validation
-    images; pixels: the test images, uint8 (n, s, s, 3); folder: where it was saved, or loaded from. `accuracy` is measured once,
-    on images that nothing was chosen by; the card's `head_accuracy` is that of the linear head on frozen features there.
+    card: what `card.json` holds; history: a row per epoch; test, held: what the network says of the test
+    and the validation images; pixels: the test images, uint8 (n, s, s, 3); folder: where it was saved, or
+    loaded from. `accuracy` is measured once, on images that nothing was chosen by; the card's
+    `head_accuracy` is that of the linear head on frozen features there.
     """
     backbone: Backbone
     card: dict
@@ -138,7 +166,8 @@ class Result:
 
     @cached_property
     def model(self) -> nn.Module:
-        "The network by itself, sharing its weights: of images as `to_input` makes them it gives logits (n, classes)."
+        """The network by itself, sharing its weights: of images as `to_input` makes them it gives logits
+        (n, classes)."""
         model = self.backbone.model
         return model.plain() if isinstance(model, EveryStage) else model
 
@@ -157,7 +186,10 @@ class Result:
 
     def __repr__(self) -> str:
         m = self.card["metrics"]
-        return f"Result({m['accuracy']:.3f} accuracy on {m['n_test']} pictures, {len(self.classes)} classes, {self.backbone.name})"
+        return (
+            f"Result({m['accuracy']:.3f} accuracy on {m['n_test']} pictures, {len(self.classes)} classes, "
+            f"{self.backbone.name})"
+        )
 
 # %% ../nbs/09_recipe.ipynb #12c649ff
 from importlib import import_module
@@ -167,19 +199,27 @@ from .loop import save_checkpoint
 from .freezing import Recomputed, weights_key
 
 # %% ../nbs/09_recipe.ipynb #402af6cc
-def _network_for(backbone: str | Backbone | nn.Module, weights: str | Path | None, settings: Settings) -> Backbone:
+def _network_for(
+    backbone: str | Backbone | nn.Module, weights: str | Path | None, settings: Settings
+) -> Backbone:
     "The network of a run: opened by its name, or a copy of one that is given, which stays as it is."
     if isinstance(backbone, str):
         try:
             return open_backbone(backbone, weights, settings.seed, settings.fit_image_size)
         except SFTError as e:
-            raise (settings.wrong("backbone", str(e).rstrip(".")) if backbone == settings.backbone else e) from None
+            raise (
+                settings.wrong("backbone", str(e).rstrip(".")) if backbone == settings.backbone else e
+            ) from None
     if not isinstance(backbone, (Backbone, nn.Module)):
-        raise SFTError(f"backbone: this is a {type(backbone).__name__}; give a name, a Backbone, or an nn.Module.")
+        raise SFTError(
+            f"backbone: this is a {type(backbone).__name__}; give a name, a Backbone, or an nn.Module."
+        )
     own = copy.deepcopy(backbone) if isinstance(backbone, Backbone) else as_backbone(backbone)
     if weights in (None, "pretrained"):  # it comes with its weights
         return own
-    return replace(own, weights=str(weights), loaded=load_weights(own.model, weights, own.stages[-1].modules[-1]))
+    return replace(
+        own, weights=str(weights), loaded=load_weights(own.model, weights, own.stages[-1].modules[-1])
+    )
 
 # %% ../nbs/09_recipe.ipynb #013f87d1
 def _require_parts(catalog: Catalog) -> None:
@@ -204,7 +244,9 @@ class _ToCsv:
                 table.writeheader()
                 table.writerows(self.rows)
         except OSError as e:
-            raise SFTError(f"{self.path}: cannot be written ({e.strerror}); make room, or leave watch out.") from None
+            raise SFTError(
+                f"{self.path}: cannot be written ({e.strerror}); make room, or leave watch out."
+            ) from None
 
 # %% ../nbs/09_recipe.ipynb #5824d2f9
 def _needed(module: str, package: str, watch: str):
@@ -212,7 +254,9 @@ def _needed(module: str, package: str, watch: str):
     try:
         return import_module(module)
     except ImportError:
-        raise SFTError(f"watch = {watch!r}: the package {package} is not installed; install it, or leave watch out.") from None
+        raise SFTError(
+            f"watch = {watch!r}: the package {package} is not installed; install it, or leave watch out."
+        ) from None
 
 # %% ../nbs/09_recipe.ipynb #c26c012f
 def _scalars(row: dict) -> dict[str, float]:
@@ -258,7 +302,10 @@ class _ToWandb:
             self.run = self.wandb.init(project="sft_course", name=self.name)
         except Exception as e:  # no login, no network: its own errors are many
             reason = " ".join(str(e).split())[:100] or type(e).__name__
-            raise SFTError(f"watch = 'wandb': no run could be begun there ({reason}); see to wandb login, or leave watch out.") from None
+            raise SFTError(
+                f"watch = 'wandb': no run could be begun there ({reason}); see to wandb login, or leave "
+                f"watch out."
+            ) from None
 
     def __call__(self, row: dict) -> None:
         self.begin()
@@ -278,14 +325,17 @@ def _watcher(watch: Callable[[dict], Any] | str | None, out: Path | None) -> Cal
     if watch is None or callable(watch):
         return watch
     if not isinstance(watch, str) or watch not in _WATCHERS:
-        raise SFTError(f"watch = {watch!r}: use a function of an epoch's row, or one of {', '.join(_WATCHERS)}.")
+        raise SFTError(
+            f"watch = {watch!r}: use a function of an epoch's row, or one of {', '.join(_WATCHERS)}."
+        )
     if out is None:
         raise SFTError(f"watch = {watch!r}: there is no folder for it; give `out`.")
     return _WATCHERS[watch](out)
 
 # %% ../nbs/09_recipe.ipynb #mem0ne01
 def _bytes_of_one(backbone: Backbone, size: int) -> float:
-    "What the network keeps for the backward pass of one image of `size` pixels, scaled from a count at its own size."
+    """What the network keeps for the backward pass of one image of `size` pixels, scaled from a count at
+    its own size."""
     kept = sum(row["activation_bytes"] for row in stage_costs(backbone, backbone.size))
     return kept * (size / backbone.size) ** 2
 
@@ -298,20 +348,32 @@ def _free_on(device: torch.device) -> int | None:
 class FineTuner:
     """Runs phases on labelled images and a network; keeps the best weights, seen on the validation images.
 
-    data: a folder, a CSV, or what else `open_data` takes; val, test: folders of those parts. backbone: a name, a `Backbone`,
-    or a module that `as_backbone` takes; weights: `"pretrained"`, None for random ones, or a file. out: a folder that one run
-    at a time may use; `last.ckpt` there is written after every epoch, and removed when a run has ended well unless
-    `keep_checkpoint`. watch: a function of the row of each epoch, a dict, or `"csv"`, `"tensorboard"` or `"wandb"`. say: a
-    function that is given sentences on how far the run is, such as `print`. What is not given is read from the settings.
-    Raises `SFTError` with one sentence where there is nothing to learn from, or a value is not allowed.
+    data: a folder, a CSV, or what else `open_data` takes; val, test: folders of those parts. backbone: a
+    name, a `Backbone`, or a module that `as_backbone` takes; weights: `"pretrained"`, None for random
+    ones, or a file. out: a folder that one run at a time may use; `last.ckpt` there is written after every
+    epoch, and removed when a run has ended well unless `keep_checkpoint`. watch: a function of the row of
+    each epoch, a dict, or `"csv"`, `"tensorboard"` or `"wandb"`. say: a function that is given sentences
+    on how far the run is, such as `print`. What is not given is read from the settings. Raises `SFTError`
+    with one sentence where there is nothing to learn from, or a value is not allowed.
     """
 
     @own_torch_state()
-    def __init__(self, data, backbone: str | Backbone | nn.Module = "lite0", out: str | Path | None = None, *,
-                 size: int | None = None, seed: int | None = None, settings: Settings | None = None,
-                 weights: str | Path | None = "pretrained", val: str | Path | None = None, test: str | Path | None = None,
-                 watch: Callable[[dict], Any] | str | None = None, say: Callable[[str], Any] | None = None,
-                 keep_checkpoint: bool = False):
+    def __init__(
+        self,
+        data,
+        backbone: str | Backbone | nn.Module = "lite0",
+        out: str | Path | None = None,
+        *,
+        size: int | None = None,
+        seed: int | None = None,
+        settings: Settings | None = None,
+        weights: str | Path | None = "pretrained",
+        val: str | Path | None = None,
+        test: str | Path | None = None,
+        watch: Callable[[dict], Any] | str | None = None,
+        say: Callable[[str], Any] | None = None,
+        keep_checkpoint: bool = False,
+    ):
         self.settings = (settings or load_settings()).change(size=size, seed=seed)
         self.seed = self.settings.seed
         self.out = _folder(out)
@@ -324,7 +386,9 @@ class FineTuner:
         self.budget = self.settings.cache_gigabytes * 1e9  # bytes
         self.history, self.done, self.notes = [], [], []
         self.title = ""  # of the phase that runs, for the progress bars
-        self.head = self.start = self.tuned = None  # the head as a candidate; the weights that tuning starts from; the best tuned ones
+        self.head = self.start = self.tuned = (
+            None  # the head as a candidate; the weights that tuning starts from; the best tuned ones
+        )
         self.chosen = None  # the network of the last result
         self.began = False  # whether what lies in `out` is from this run
         catalog = open_data(data, self.seed, self.cache, val=val, test=test)
@@ -346,7 +410,10 @@ class FineTuner:
         left = self.pixels.catalog
         copies = tuple(leaks_between_parts(left))
         if copies:
-            self.tell(f"{len(copies)} images lie in two parts, so the accuracy is too high; the first: {copies[0].message}")
+            self.tell(
+                f"{len(copies)} images lie in two parts, so the accuracy is too high; the first: "
+                f"{copies[0].message}"
+            )
         self.catalog = replace(left, problems=left.problems + copies)
         self.labels = torch.from_numpy(self.catalog.labels).to(self.device)
         self.train, self.val, self.test = (self.catalog.rows(p) for p in ("train", "val", "test"))
@@ -378,21 +445,24 @@ def _folder(out: str | Path | None) -> Path | None:
 # %% ../nbs/09_recipe.ipynb #81000aba
 @contextmanager
 def claimed(out: Path | None) -> Iterator[None]:
-    "Nobody else may run in folder `out` meanwhile. A killed run's claim ends with it. Raises `SFTError` where another run has it."
+    """Nobody else may run in folder `out` meanwhile. A killed run's claim ends with it. Raises `SFTError`
+    where another run has it."""
     from filelock import FileLock, Timeout
     if out is None: yield; return
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock", timeout=0).acquire()
-    except Timeout: raise SFTError(f"{out}: another run is writing there; wait for it, or give another folder.") from None
-    except OSError as e: raise SFTError(f"{out}: cannot be written ({e.strerror}); give another folder.") from None
+    except Timeout:
+        raise SFTError(f"{out}: another run is writing there; wait for it, or give another folder.") from None
+    except OSError as e:
+        raise SFTError(f"{out}: cannot be written ({e.strerror}); give another folder.") from None
     with lock: yield
 
 # %% ../nbs/09_recipe.ipynb #50516aeb
 @own_torch_state()
 def run_phase(tuner: FineTuner, phase: Phase) -> FineTuner:
-    """Run one phase from the weights at hand; the model then holds the best of its epochs. Raises `Diverged` where the loss is not
-    finite and there is nothing to fall back on."""
+    """Run one phase from the weights at hand; the model then holds the best of its epochs. Raises
+    `Diverged` where the loss is not finite and there is nothing to fall back on."""
     tuner.title = f"phase {len(tuner.done) + 1}, {_name(phase)}"
     _require_place(tuner)
     with claimed(tuner.out):
@@ -402,7 +472,8 @@ def run_phase(tuner: FineTuner, phase: Phase) -> FineTuner:
 
 # %% ../nbs/09_recipe.ipynb #fc0a4c78
 def _require_place(tuner: FineTuner, resume: bool = False) -> None:
-    "Raise `SFTError` where files of another run, or of a person, would be replaced: before the training, not after it."
+    """Raise `SFTError` where files of another run, or of a person, would be replaced: before the training,
+    not after it."""
     if tuner.out is None or tuner.began:
         return
     found = resume and any((tuner.out / name).exists() for name in ("last.ckpt", "card.json"))
@@ -415,8 +486,11 @@ def _begin(tuner: FineTuner, resume: bool = False) -> None:
         return
     checkpoint = tuner.out / "last.ckpt"
     if checkpoint.exists() and not resume:
-        raise SFTError(f"{checkpoint}: an unfinished run lies there; go on with it by resume=True, or give another folder, "
-                       f"such as {free_name(tuner.out)}.")
+        raise SFTError(
+            f"{checkpoint}: an unfinished run lies there; go on with it by resume=True, or give another "
+            f"folder, "
+            f"such as {free_name(tuner.out)}."
+        )
     tuner.began = True
 
 # %% ../nbs/09_recipe.ipynb #304ebe5d
@@ -436,8 +510,15 @@ def _run_phase(tuner: FineTuner, phase: Phase, resume: bool, plan: dict) -> None
 # %% ../nbs/09_recipe.ipynb #8f21f8a8
 def _so_far(tuner: FineTuner, plan: dict) -> dict:
     "All that a phase starts from, but for what can be computed again, as `save_checkpoint` can write it."
-    return {"plan": plan, "done": len(tuner.done), "history": list(tuner.history), "notes": list(tuner.notes), "start": tuner.start,
-            "head": tuner.head and vars(tuner.head), "tuned": tuner.tuned and vars(tuner.tuned)}
+    return {
+        "plan": plan,
+        "done": len(tuner.done),
+        "history": list(tuner.history),
+        "notes": list(tuner.notes),
+        "start": tuner.start,
+        "head": tuner.head and vars(tuner.head),
+        "tuned": tuner.tuned and vars(tuner.tuned),
+    }
 
 # %% ../nbs/09_recipe.ipynb #32ca7b9a
 def _name(phase: Phase) -> str:
@@ -447,7 +528,9 @@ def _name(phase: Phase) -> str:
 # %% ../nbs/09_recipe.ipynb #7712db44
 def _log(tuner: FineTuner, phase: Phase, row: dict, lr: float | None = None) -> None:
     "An epoch's row goes to the end of the history."
-    tuner.history.append({"phase": len(tuner.done), "train": phase.train, "epoch": row["epoch"], "lr": lr} | row)
+    tuner.history.append(
+        {"phase": len(tuner.done), "train": phase.train, "epoch": row["epoch"], "lr": lr} | row
+    )
 
 # %% ../nbs/09_recipe.ipynb #e938c513
 def _show(tuner: FineTuner) -> None:
@@ -461,7 +544,8 @@ FineTuner.run_phase = run_phase
 # %% ../nbs/09_recipe.ipynb #99d875d1
 @dataclass(frozen=True, eq=False)  # tensors have no single truth: a candidate equals itself alone
 class Candidate:
-    "Weights that may be chosen: their logits (n, classes) and the labels (n,) of the held-back pictures, and the state of the network."
+    """Weights that may be chosen: their logits (n, classes) and the labels (n,) of the held-back pictures,
+    and the state of the network."""
     logits: torch.Tensor
     labels: torch.Tensor
     state: dict[str, torch.Tensor]
@@ -475,8 +559,9 @@ class Candidate:
 # %% ../nbs/09_recipe.ipynb #04c03f18
 @dataclass(frozen=True, eq=False)
 class Head(Candidate):
-    """A linear head as a candidate: `state` is the network with the head on the last stage, from which tuning starts; `weight`
-    and `bias` are those of the head that was chosen, fitted on all training pictures; `test` its logits on the test pictures."""
+    """A linear head as a candidate: `state` is the network with the head on the last stage, from which
+    tuning starts; `weight` and `bias` are those of the head that was chosen, fitted on all training
+    pictures; `test` its logits on the test pictures."""
     every_stage: bool = False
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
@@ -484,13 +569,23 @@ class Head(Candidate):
 
 # %% ../nbs/09_recipe.ipynb #8f602b7e
 def _fit_head(tuner: FineTuner, phase: Phase) -> dict:
-    "Choose a head by cross-validation on the training images, fit it without and with the validation images, put it on the network; its row."
-    lower, y, k = fold_for(stage_features(tuner.backbone), tuner.size), tuner.labels, len(tuner.catalog.classes)
+    """Choose a head by cross-validation on the training images, fit it without and with the validation
+    images, put it on the network; its row."""
+    lower, y, k = (
+        fold_for(stage_features(tuner.backbone), tuner.size),
+        tuner.labels,
+        len(tuner.catalog.classes),
+    )
     kept = [_features(tuner, lower, v) for v in (0, 1)]
     if isinstance(kept[0], Recomputed):
-        tuner.note(f"neither cache_gigabytes = {tuner.settings.cache_gigabytes} nor memory has room for what the head sees; "
-                   "it is computed anew whenever it is needed, which takes long")
-    choice = choose_head([Rows([f], tuner.train) for f in kept], lower.last, y[tuner.train], k, seed=tuner.seed)
+        tuner.note(
+            f"neither cache_gigabytes = {tuner.settings.cache_gigabytes} nor memory has room for what the "
+            f"head sees; "
+            "it is computed anew whenever it is needed, which takes long"
+        )
+    choice = choose_head(
+        [Rows([f], tuner.train) for f in kept], lower.last, y[tuner.train], k, seed=tuner.seed
+    )
     every = {"last": False, "every": True}.get(phase.looks_at, choice.every_stage)
     def fit(rows, every):
         x = Rows(kept, rows, None if every else lower.last)
@@ -501,7 +596,9 @@ def _fit_head(tuner: FineTuner, phase: Phase) -> dict:
     _set_head(tuner.backbone, last)
     W, b = fit(np.concatenate([tuner.train, tuner.val]), every)
     tuner.start = copy_state(tuner.backbone.model)
-    tuner.head = Head(logits(head, tuner.val), y[tuner.val], tuner.start, every, W, b, logits((W, b), tuner.test))
+    tuner.head = Head(
+        logits(head, tuner.val), y[tuner.val], tuner.start, every, W, b, logits((W, b), tuner.test)
+    )
     now, before = tuner.head.score, score(logits(head, tuner.train), y[tuner.train])
     return {"epoch": 1, "train_loss": before.loss, "val_loss": now.loss, "val_accuracy": now.accuracy}
 
@@ -509,13 +606,26 @@ def _fit_head(tuner: FineTuner, phase: Phase) -> dict:
 def _features(tuner: FineTuner, lower: nn.Module, view: int) -> np.ndarray:
     "What the head sees of all images in one view, kept as long as there is room for it."
     everything = np.arange(len(tuner.catalog))
-    return activations(lower, tuner.backbone, tuner.pixels, tuner.view(view), tuner.size, tuner.cache, everything, tuner.device,
-                       f"{tuner.title}: view {view + 1} of 2", budget_bytes=tuner.budget, views=2)
+    return activations(
+        lower,
+        tuner.backbone,
+        tuner.pixels,
+        tuner.view(view),
+        tuner.size,
+        tuner.cache,
+        everything,
+        tuner.device,
+        f"{tuner.title}: view {view + 1} of 2",
+        budget_bytes=tuner.budget,
+        views=2,
+    )
 
 # %% ../nbs/09_recipe.ipynb #3bab7f0c
 def _decay(choice: HeadChoice, every: bool) -> float:
     "The weight decay with which a head on the last stage, or on every stage, did best."
-    return min((s for s in choice.scores if s["every_stage"] == every), key=lambda s: s["loss"])["weight_decay"]
+    return min((s for s in choice.scores if s["every_stage"] == every), key=lambda s: s["loss"])[
+        "weight_decay"
+    ]
 
 # %% ../nbs/09_recipe.ipynb #2199e2c6
 def _set_head(backbone: Backbone, head: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -527,36 +637,76 @@ def _set_head(backbone: Backbone, head: tuple[torch.Tensor, torch.Tensor]) -> No
 def _source(tuner: FineTuner, phase: Phase, lower, rows: np.ndarray, fixed: tuple[int, ...] = ()):
     """`inputs(epoch)(positions)` makes the batch that the trainable part sees.
 
-    Each epoch draws a view for every picture; with `fixed` there is one such function for each of those views instead.
+    Each epoch draws a view for every picture; with `fixed` there is one such function for each of those
+    views instead.
     """
     numbers = fixed or range(phase.views)
-    if phase.views and not isinstance(lower, torch.nn.Identity) and _fits(tuner, lower, len(rows) * len(numbers)):
-        kept = [activations(lower, tuner.backbone, tuner.pixels, tuner.view(v), tuner.size, tuner.cache, rows, tuner.device,
-                            f"{tuner.title}: view {v + 1}", budget_bytes=tuner.budget, views=len(numbers)) for v in numbers]
-        def gather(which, at): return torch.from_numpy(np.stack([kept[v][i] for v, i in zip(which[at], at)])).to(tuner.device).float()
+    if (
+        phase.views
+        and not isinstance(lower, torch.nn.Identity)
+        and _fits(tuner, lower, len(rows) * len(numbers))
+    ):
+        kept = [
+            activations(
+                lower,
+                tuner.backbone,
+                tuner.pixels,
+                tuner.view(v),
+                tuner.size,
+                tuner.cache,
+                rows,
+                tuner.device,
+                f"{tuner.title}: view {v + 1}",
+                budget_bytes=tuner.budget,
+                views=len(numbers),
+            )
+            for v in numbers
+        ]
+
+        def gather(which, at):
+            return (
+                torch.from_numpy(np.stack([kept[v][i] for v, i in zip(which[at], at)]))
+                .to(tuner.device)
+                .float()
+            )
+
         return lambda e: (lambda at, which=_drawn(tuner, phase, e, len(rows), fixed): gather(which, at))
     def fresh(e):
         theta = _views(tuner, phase, e, rows, fixed)
         def batch(at):
             with torch.no_grad():
-                x = lower(to_input(tuner.pixels.pixels[rows[at]], theta[at], tuner.size, tuner.backbone.mean, tuner.backbone.std, tuner.device))
+                x = lower(
+                    to_input(
+                        tuner.pixels.pixels[rows[at]],
+                        theta[at],
+                        tuner.size,
+                        tuner.backbone.mean,
+                        tuner.backbone.std,
+                        tuner.device,
+                    )
+                )
             return x if isinstance(lower, torch.nn.Identity) else _as_kept(x)
         return batch
     return fresh
 
 # %% ../nbs/09_recipe.ipynb #ed0c713e
 def _as_kept(x: torch.Tensor) -> torch.Tensor:
-    "Rounded to 16 bits as in the cache, where they hold it: with or without room for the cache the same weights come out."
+    """Rounded to 16 bits as in the cache, where they hold it: with or without room for the cache the same
+    weights come out."""
     short = x.half()
     return short.to(x.dtype) if short.isfinite().all() else x
 
 # %% ../nbs/09_recipe.ipynb #72416dd3
 def _drawn(tuner: FineTuner, phase: Phase, epoch: int, n: int, fixed: tuple[int, ...]) -> np.ndarray:
     "Which of the kept views each of n pictures shows in this epoch."
-    return np.full(n, epoch) if fixed else np.random.default_rng((tuner.seed, epoch)).integers(0, phase.views, n)
+    return (
+        np.full(n, epoch) if fixed else np.random.default_rng((tuner.seed, epoch)).integers(0, phase.views, n)
+    )
 
 # %% ../nbs/09_recipe.ipynb #f9f866e9
-def _views(tuner: FineTuner, phase: Phase, epoch: int, rows: np.ndarray, fixed: tuple[int, ...]) -> np.ndarray:
+def _views(
+    tuner: FineTuner, phase: Phase, epoch: int, rows: np.ndarray, fixed: tuple[int, ...]
+) -> np.ndarray:
     "The same views where nothing is kept; for `views=0` new ones in every epoch."
     if not phase.views and not fixed: return random_view(len(tuner.catalog), (tuner.seed, 1000 + epoch))[rows]
     numbers = np.stack([tuner.view(v)[rows] for v in fixed or range(phase.views)])
@@ -569,48 +719,93 @@ def _fits(tuner: FineTuner, lower, images: int) -> bool:
     need = one.numel() * 2 * images
     if need + tuner.pixels.pixels.nbytes <= tuner.budget:
         return True
-    tuner.note(f"activations would take {need / 1e9:.1f} GB, more than cache_gigabytes = {tuner.settings.cache_gigabytes} leaves; "
-               "they are computed anew in every epoch")
+    tuner.note(
+        f"activations would take {need / 1e9:.1f} GB, more than cache_gigabytes = "
+        f"{tuner.settings.cache_gigabytes} leaves; "
+        "they are computed anew in every epoch"
+    )
     return False
 
 # %% ../nbs/09_recipe.ipynb #1cd83966
 def _train(tuner: FineTuner, phase: Phase, resume: bool, run: dict) -> None:
-    "Train the upper stages with AdamW, by `fit` of chapter 04; the epoch that does best on the validation images is kept."
-    b, stage, was = tuner.backbone, first_trainable(tuner.backbone, phase.train), copy_state(tuner.backbone.model)
+    """Train the upper stages with AdamW, by `fit` of chapter 04; the epoch that does best on the
+    validation images is kept."""
+    b, stage, was = (
+        tuner.backbone,
+        first_trainable(tuner.backbone, phase.train),
+        copy_state(tuner.backbone.model),
+    )
     freeze_below(b, stage)
     lower, upper = split_at(b, stage)
     lower = fold_for(lower, tuner.size)
-    source, held = _source(tuner, phase, lower, tuner.train), _source(tuner, phase, lower, tuner.val, fixed=(0, 1))
+    source, held = (
+        _source(tuner, phase, lower, tuner.train),
+        _source(tuner, phase, lower, tuner.val, fixed=(0, 1)),
+    )
     labels, y, inputs, rows = tuner.labels[tuner.train], tuner.labels[tuner.val], {}, len(tuner.history)
     def before(e):
         training_mode(b, stage, phase.batch_stats)
         inputs["now"] = source(e)
-    def logits(): return sum(predict_logits(upper, held(v), len(y), pictures_at_once(tuner.device, tuner.size)) for v in (0, 1)) / 2
-    optimizer = torch.optim.AdamW(param_groups(b, stage, phase.lr, phase.depth_decay, phase.weight_decay), fused=True)
+
+    def logits():
+        return (
+            sum(
+                predict_logits(upper, held(v), len(y), pictures_at_once(tuner.device, tuner.size))
+                for v in (0, 1)
+            )
+            / 2
+        )
+
+    optimizer = torch.optim.AdamW(
+        param_groups(b, stage, phase.lr, phase.depth_decay, phase.weight_decay), fused=True
+    )
     steps, epochs = len(batches(len(labels), phase.batch_size)), phase.epochs or 6
     rate = schedule(phase.schedule, epochs * steps, phase.warmup)
     def watch(row):
         _log(tuner, phase, row, phase.lr * rate(row["epoch"] * steps - 1))
         _show(tuner)
     try:
-        fit(b.model, (lambda at: inputs["now"](at), labels), lambda _: score(logits(), y), optimizer, epochs, rate, part=upper, before=before,
-            watch=watch, batch_size=phase.batch_size, seed=tuner.seed, label_smoothing=phase.label_smoothing, micro=_micro(tuner, phase),
-            checkpoint=tuner.out and tuner.out / "last.ckpt", resume=resume, also=run, title=tuner.title)
+        fit(
+            b.model,
+            (lambda at: inputs["now"](at), labels),
+            lambda _: score(logits(), y),
+            optimizer,
+            epochs,
+            rate,
+            part=upper,
+            before=before,
+            watch=watch,
+            batch_size=phase.batch_size,
+            seed=tuner.seed,
+            label_smoothing=phase.label_smoothing,
+            micro=_micro(tuner, phase),
+            checkpoint=tuner.out and tuner.out / "last.ckpt",
+            resume=resume,
+            also=run,
+            title=tuner.title,
+        )
     except Diverged as e:
-        if len(tuner.history) == rows: b.model.load_state_dict(was)
-        if len(tuner.history) == rows and not tuner.head: raise
-        tuner.note(f"phase {len(tuner.done)} (train = {phase.train!r}) ended early: {e} The best weights before that are kept.")
+        if len(tuner.history) == rows:
+            b.model.load_state_dict(was)
+        if len(tuner.history) == rows and not tuner.head:
+            raise
+        tuner.note(
+            f"phase {len(tuner.done)} (train = {phase.train!r}) ended early: {e} The best weights before "
+            f"that are kept."
+        )
     tuner.tuned = Candidate(logits(), y, copy_state(b.model))
 
 # %% ../nbs/09_recipe.ipynb #ca766414
 def _micro(tuner: FineTuner, phase: Phase) -> int | None:
-    "Pictures at a time: on a processor large activations leave its caches, and the sum of the gradients is the same."
+    """Pictures at a time: on a processor large activations leave its caches, and the sum of the gradients
+    is the same."""
     return 16 if tuner.device.type == "cpu" and tuner.size >= 128 and not phase.batch_stats else None
 
 # %% ../nbs/09_recipe.ipynb #2cc916bd
 def clearly_better(right: np.ndarray, than: np.ndarray) -> bool:
-    """Whether `right` beats `than`, two bool masks (n,) over the same images, by what luck would do less than once in five times:
-    the one-sided sign test over the images on which they differ. For many images that is 0.84 standard errors of the difference."""
+    """Whether `right` beats `than`, two bool masks (n,) over the same images, by what luck would do less
+    than once in five times: the one-sided sign test over the images on which they differ. For many
+    images that is 0.84 standard errors of the difference."""
     from scipy.stats import binomtest
     won = int((right & ~than).sum())
     lost = int((than & ~right).sum())
@@ -637,14 +832,20 @@ def _network_of(tuner: FineTuner, chosen: Candidate) -> Backbone:
 
 # %% ../nbs/09_recipe.ipynb #f9f9bc1f
 def every_stage(backbone: Backbone, classes: int) -> Backbone:
-    "`backbone` inside an `EveryStage`, whose weights it shares: `stages` and `head` hold for it as for any other."
+    """`backbone` inside an `EveryStage`, whose weights it shares: `stages` and `head` hold for it as for
+    any other."""
     wide = EveryStage(backbone, classes).to(next(backbone.model.parameters()).device)
     modules = {id(m): name for name, m in wide.named_modules()}
     parameters = {id(p): name for name, p in wide.named_parameters()}
     old = dict(backbone.model.named_parameters())
     def renamed(stage):
         inside = [modules.get(id(backbone.model.get_submodule(m))) for m in stage.modules]
-        return Stage(stage.name, tuple(m for m in inside if m), tuple(parameters[id(old[p])] for p in stage.parameters if id(old[p]) in parameters))
+        return Stage(
+            stage.name,
+            tuple(m for m in inside if m),
+            tuple(parameters[id(old[p])] for p in stage.parameters if id(old[p]) in parameters),
+        )
+
     body = [renamed(s) for s in backbone.stages[:-1]]
     head = Stage("linear", ("linear",), ("linear.weight", "linear.bias"))
     return replace(backbone, model=wide, stages=(*body, head))
@@ -652,10 +853,12 @@ def every_stage(backbone: Backbone, classes: int) -> Backbone:
 # %% ../nbs/09_recipe.ipynb #c19c664d
 @own_torch_state()
 def run_phases(tuner: FineTuner, *phases: Phase, resume: bool = False) -> Result:
-    """Run the phases in order, choose on the validation images, measure on the test images, and save where `out` was given.
+    """Run the phases in order, choose on the validation images, measure on the test images, and save where
+    `out` was given.
 
-    resume: go on where the run that wrote `last.ckpt` in `out` was stopped; what comes out is the same to the last bit. Where that
-    run has ended, its artifact comes back. Raises `SFTError` where the phases do not fit the network, or something else lies in `out`.
+    resume: go on where the run that wrote `last.ckpt` in `out` was stopped; what comes out is the same to
+    the last bit. Where that run has ended, its artifact comes back. Raises `SFTError` where the phases do
+    not fit the network, or something else lies in `out`.
     """
     _require_phases(tuner, phases)
     _require_place(tuner, resume)
@@ -682,12 +885,15 @@ def _run_all(tuner: FineTuner, phases: tuple[Phase, ...], resume: bool) -> None:
 
 # %% ../nbs/09_recipe.ipynb #dac3ffad
 def _require_phases(tuner: FineTuner, phases: tuple) -> None:
-    "Raise `SFTError` unless there are phases, and all can be run on this network: an hour later would be too late."
+    """Raise `SFTError` unless there are phases, and all can be run on this network: an hour later would be
+    too late."""
     if not phases:
         raise SFTError("run: there is no phase; give at least Phase('head').")
     for p in phases:
         if not isinstance(p, Phase):
-            raise SFTError(f"run: {type(p).__name__} is no Phase; give them one by one, as run(Phase('head'), Phase(6)).")
+            raise SFTError(
+                f"run: {type(p).__name__} is no Phase; give them one by one, as run(Phase('head'), Phase(6))."
+            )
         first_trainable(tuner.backbone, p.train)
 
 # %% ../nbs/09_recipe.ipynb #acf6786a
@@ -706,10 +912,19 @@ def _watched(tuner: FineTuner) -> Iterator[None]:
 # %% ../nbs/09_recipe.ipynb #sp0plan0
 def _plan(tuner: FineTuner, phases: tuple[Phase, ...]) -> dict:
     "What must be the same for a run to go on."
-    labels = hashlib.sha256(tuner.catalog.labels.tobytes() + b"".join(r.tobytes() for r in (tuner.train, tuner.val, tuner.test))).hexdigest()
-    return {"phases": [asdict(p) for p in phases], "backbone": tuner.backbone.name, "weights": tuner.backbone.weights, "size": tuner.size,
-            "seed": tuner.seed, "pictures": tuner.pixels.key, "labels": labels,
-            "initial weights": weights_key(tuner.backbone.model)}
+    labels = hashlib.sha256(
+        tuner.catalog.labels.tobytes() + b"".join(r.tobytes() for r in (tuner.train, tuner.val, tuner.test))
+    ).hexdigest()
+    return {
+        "phases": [asdict(p) for p in phases],
+        "backbone": tuner.backbone.name,
+        "weights": tuner.backbone.weights,
+        "size": tuner.size,
+        "seed": tuner.seed,
+        "pictures": tuner.pixels.key,
+        "labels": labels,
+        "initial weights": weights_key(tuner.backbone.model),
+    }
 
 # %% ../nbs/09_recipe.ipynb #38e9ffa0
 def _finish(tuner: FineTuner) -> Result:
@@ -719,7 +934,13 @@ def _finish(tuner: FineTuner) -> Result:
     logits = chosen.test if isinstance(chosen, Head) else _test_logits(tuner)
     test = score(logits, tuner.labels[tuner.test])
     def seen(rows, logits):
-        return Evaluation(tuple(tuner.catalog.classes), [tuner.catalog.files[i] for i in rows], tuner.catalog.labels[rows], logits.float().cpu().numpy())
+        return Evaluation(
+            tuple(tuner.catalog.classes),
+            [tuner.catalog.files[i] for i in rows],
+            tuner.catalog.labels[rows],
+            logits.float().cpu().numpy(),
+        )
+
     result = Result(tuner.chosen, _card(tuner, chosen, test), list(tuner.history), seen(tuner.test, logits),
                     seen(tuner.val, chosen.logits), tuner.pixels.pixels[tuner.test], folder=tuner.out)
     tuner.tell(f"{_reason(tuner, chosen)}; accuracy {test.accuracy:.3f} on {test.n} test images")
@@ -732,7 +953,8 @@ def _finish(tuner: FineTuner) -> Result:
 
 # %% ../nbs/09_recipe.ipynb #781b2e20
 def _can_gain(tuner: FineTuner) -> bool:
-    "Whether any weights could be clearly better than the head on the validation images. A head without errors cannot be beaten."
+    """Whether any weights could be clearly better than the head on the validation images. A head without
+    errors cannot be beaten."""
     return tuner.head is None or clearly_better(np.ones_like(tuner.head.right), tuner.head.right)
 
 # %% ../nbs/09_recipe.ipynb #e623dea6
@@ -744,7 +966,10 @@ def _reason(tuner: FineTuner, chosen: Candidate) -> str:
     if tuner.tuned is None:
         more = "" if _can_gain(tuner) else ", so that no tuned weights could be clearly better"
         return f"the head is returned ({right} of {n} validation images right{more})"
-    counts = f"of {n} validation images the tuned weights got {int(tuner.tuned.right.sum())} right, the head {int(tuner.head.right.sum())}"
+    counts = (
+        f"of {n} validation images the tuned weights got {int(tuner.tuned.right.sum())} right, the head "
+        f"{int(tuner.head.right.sum())}"
+    )
     if chosen is tuner.head:
         return f"the head is returned: {counts}, which is not clearly more"
     return f"the tuned weights are returned: {counts}"
@@ -756,10 +981,15 @@ def _announce(tuner: FineTuner, phases: tuple[Phase, ...], done: int) -> list[fl
         return []
     seconds = _seconds(tuner, phases)
     parts = f"{len(tuner.train)} to train on, {len(tuner.val)} for validation, {len(tuner.test)} for the test"
-    names = ", ".join(_name(p) + ("" if p.train == "head" else f" for {p.epochs or 6} epochs") for p in phases)
+    names = ", ".join(
+        _name(p) + ("" if p.train == "head" else f" for {p.epochs or 6} epochs") for p in phases
+    )
     gone_on = f"; {done} of {len(phases)} phases are done already" if done else ""
-    tuner.tell(f"{len(tuner.catalog)} images of {len(tuner.catalog.classes)} classes ({parts}); {tuner.backbone.name} at {tuner.size} pixels "
-               f"on {tuner.device}; phases: {names}{gone_on}; this takes about {_duration(sum(seconds[done:]))}")
+    tuner.tell(
+        f"{len(tuner.catalog)} images of {len(tuner.catalog.classes)} classes ({parts}); "
+        f"{tuner.backbone.name} at {tuner.size} pixels "
+        f"on {tuner.device}; phases: {names}{gone_on}; this takes about {_duration(sum(seconds[done:]))}"
+    )
     return seconds
 
 # %% ../nbs/09_recipe.ipynb #0a7586a3
@@ -795,33 +1025,65 @@ def _duration(seconds: float) -> str:
 # %% ../nbs/09_recipe.ipynb #e559c4a4
 def _versions() -> dict[str, str]:
     import timm, torchvision
-    return {"sft_course": sft_course.__version__, "python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "timm": timm.__version__}
+
+    return {
+        "sft_course": sft_course.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+    }
 
 # %% ../nbs/09_recipe.ipynb #a4e76117
 def _card(tuner: FineTuner, chosen: Candidate, test: Score) -> dict:
     b, c, head = tuner.backbone, tuner.catalog, tuner.head
     kept = isinstance(chosen, Head)
-    return {"classes": list(c.classes), "backbone": b.name, "weights": b.weights, "head": "every" if kept and head.every_stage else "last",
-            "preprocessing": {"size": tuner.size, "crop": b.crop, "mean": list(b.mean), "std": list(b.std), "levels": _as_list(tuner.pixels.levels)},
-            "metrics": {"accuracy": test.accuracy, "loss": test.loss, "head_accuracy": head and score(head.test, tuner.labels[tuner.test]).accuracy,
-                        "n_train": len(tuner.train) + len(tuner.val), "n_val": len(tuner.val), "n_test": len(tuner.test)},
-            "chosen": "head" if kept else "tuned", "phases": [asdict(p) for p in tuner.done], "seed": tuner.seed,
-            "problems": [asdict(p) for p in c.problems], "notes": tuner.notes, "data": tuner.pixels.key, "versions": _versions(),
-            "seconds": round(time.perf_counter() - tuner.started, 1)}
+    return {
+        "classes": list(c.classes),
+        "backbone": b.name,
+        "weights": b.weights,
+        "head": "every" if kept and head.every_stage else "last",
+        "preprocessing": {
+            "size": tuner.size,
+            "crop": b.crop,
+            "mean": list(b.mean),
+            "std": list(b.std),
+            "levels": _as_list(tuner.pixels.levels),
+        },
+        "metrics": {
+            "accuracy": test.accuracy,
+            "loss": test.loss,
+            "head_accuracy": head and score(head.test, tuner.labels[tuner.test]).accuracy,
+            "n_train": len(tuner.train) + len(tuner.val),
+            "n_val": len(tuner.val),
+            "n_test": len(tuner.test),
+        },
+        "chosen": "head" if kept else "tuned",
+        "phases": [asdict(p) for p in tuner.done],
+        "seed": tuner.seed,
+        "problems": [asdict(p) for p in c.problems],
+        "notes": tuner.notes,
+        "data": tuner.pixels.key,
+        "versions": _versions(),
+        "seconds": round(time.perf_counter() - tuner.started, 1),
+    }
 
 # %% ../nbs/09_recipe.ipynb #b787dfd0
-def _as_list(levels: tuple[float, float] | None) -> list[float] | None: return levels and [float(v) for v in levels]
+def _as_list(levels: tuple[float, float] | None) -> list[float] | None:
+    return levels and [float(v) for v in levels]
 
 # %% ../nbs/09_recipe.ipynb #b0ea76b0
 def measure(tuner: FineTuner) -> Score:
-    "Score on the test images of the network that the last run returned, or else of the weights at hand. Every look spends them: look once."
+    """Score on the test images of the network that the last run returned, or else of the weights at hand.
+    Every look spends them: look once."""
     with own_torch_state():
         return score(_test_logits(tuner), tuner.labels[tuner.test])
 
 # %% ../nbs/09_recipe.ipynb #c01ecfac
 def _test_logits(tuner: FineTuner) -> torch.Tensor:
-    return eval_logits(tuner.chosen or tuner.backbone, tuner.pixels.pixels[tuner.test], tuner.size, tuner.device)
+    return eval_logits(
+        tuner.chosen or tuner.backbone, tuner.pixels.pixels[tuner.test], tuner.size, tuner.device
+    )
 
 # %% ../nbs/09_recipe.ipynb #3d019253
 FineTuner.measure, FineTuner.run = measure, run_phases
@@ -837,7 +1099,9 @@ def _table(rows: list[dict]) -> str:
 
 # %% ../nbs/09_recipe.ipynb #c3509ea4
 ARTIFACT = ("model.safetensors", "history.csv", "report.html", "card.json")  # in the order of writing
-_SAVING = ".card.json.saving"  # lies beside them while they are written: until it goes they are half an artifact
+_SAVING = (
+    ".card.json.saving"  # lies beside them while they are written: until it goes they are half an artifact
+)
 
 # %% ../nbs/09_recipe.ipynb #900c7754
 def free_name(path: str | Path) -> Path:
@@ -854,7 +1118,8 @@ def _is_free(path: Path) -> bool:
 
 # %% ../nbs/09_recipe.ipynb #96cbd594
 def require_free(out: str | Path) -> None:
-    "Raise `SFTError` where an artifact in folder `out` would replace a file. Half an artifact does not count."
+    """Raise `SFTError` where an artifact in folder `out` would replace a file. Half an artifact does not
+    count."""
     out = expanded(out)
     there = [out / name for name in ARTIFACT if os.path.lexists(out / name)]
     if there and not os.path.lexists(out / _SAVING):
@@ -863,11 +1128,15 @@ def require_free(out: str | Path) -> None:
 
 # %% ../nbs/09_recipe.ipynb #a4e7c902
 def _known_as(model: nn.Module, card: dict) -> dict[str, str]:
-    "{name of a weight in the network: its name in an artifact}; a head on every stage is `every_stage` there."
+    """{name of a weight in the network: its name in an artifact}; a head on every stage is `every_stage`
+    there."""
     names = list(model.state_dict())
     if card["head"] == "last": return dict(zip(names, names))
     outside = {"features.model.": "", "linear.": "every_stage."}
-    def renamed(name): return next(new + name.removeprefix(old) for old, new in outside.items() if name.startswith(old))
+
+    def renamed(name):
+        return next(new + name.removeprefix(old) for old, new in outside.items() if name.startswith(old))
+
     return {name: renamed(name) for name in names}
 
 # %% ../nbs/09_recipe.ipynb #457e9d3e
@@ -883,17 +1152,24 @@ def state_dict(result: Result) -> dict[str, torch.Tensor]:
 # %% ../nbs/09_recipe.ipynb #041aad9c
 @own_torch_state()
 def save_artifact(result: Result, out: str | Path) -> Path:
-    """Write weights, history, report and card into folder `out`, each whole or not at all; returns the folder.
+    """Write weights, history, report and card into folder `out`, each whole or not at all; returns the
+    folder.
 
-    The card is last: without it nothing loads. Raises `SFTError` where a file would be replaced that is not this very
-    result's: it may be saved again where it was saved or loaded from, or where an artifact with the same weights lies.
+    The card is last: without it nothing loads. Raises `SFTError` where a file would be replaced that is
+    not this very result's: it may be saved again where it was saved or loaded from, or where an artifact
+    with the same weights lies.
     """
     from safetensors.torch import save
     out = expanded(out)
     weights = save({k: v.detach().cpu().contiguous() for k, v in state_dict(result).items()})
     card = result.card | {"sha256": hashlib.sha256(weights).hexdigest()}
     if not _is_own(result, out, card["sha256"]): require_free(out)
-    files = [weights, _table(result.history).encode(), result.report.encode(), json.dumps(card, indent=2).encode()]
+    files = [
+        weights,
+        _table(result.history).encode(),
+        result.report.encode(),
+        json.dumps(card, indent=2).encode(),
+    ]
     try: _write(out, {name: data for name, data in zip(ARTIFACT, files) if data})
     except OSError as e:
         raise SFTError(f"{out}: the artifact cannot be written ({e.strerror}); "
@@ -929,7 +1205,14 @@ def _path(what: str | os.PathLike) -> Path:
     with suppress(SFTError): return expanded(path)
     return path
 
-_SINGLE = (bytes, bytearray, memoryview, Image.Image, dict, torch.Tensor)  # the last two are no images, nor several
+_SINGLE = (
+    bytes,
+    bytearray,
+    memoryview,
+    Image.Image,
+    dict,
+    torch.Tensor,
+)  # the last two are no images, nor several
 
 # %% ../nbs/09_recipe.ipynb #83dffff5
 def _is_one(what: Any) -> bool:
@@ -950,7 +1233,8 @@ def _items(what: Any) -> Iterator[Any]:
 
 # %% ../nbs/09_recipe.ipynb #5a36e20c
 def _below(folder: Path) -> Iterator[Path]:
-    "The images in a folder and below it; then the folders there that cannot be listed; the folder itself where there is neither."
+    """The images in a folder and below it; then the folders there that cannot be listed; the folder itself
+    where there is neither."""
     images, problems = images_below(folder)
     found = images + [folder / p.path for p in problems if p.kind == "unreadable folder"]
     yield from found or [folder]
@@ -1019,23 +1303,29 @@ def _read(given: tuple[str, Any], size: int, levels: tuple[float, float] | None)
 # %% ../nbs/09_recipe.ipynb #f4c3d41e
 def _require_file(path: Path, name: str) -> None:
     "Raise `SFTError` where there is nothing, or a folder without images."
-    if os.path.isdir(path): raise SFTError(f"{name}: there is no image to be read in this folder; give another.")
+    if os.path.isdir(path):
+        raise SFTError(f"{name}: there is no image to be read in this folder; give another.")
     if not os.path.lexists(path): raise SFTError(f"{name}: there is no such file; give an image.")
 
 # %% ../nbs/09_recipe.ipynb #2ad8b6c7
 def predict_stream(result: Result, what: Any, top: int | None = None, *, allow_url: bool = False,
                    batch_size: int = 32) -> Iterator[Prediction]:
-    """A `Prediction` for each image, as they come: `batch_size` of them are read at a time, and no more are held.
+    """A `Prediction` for each image, as they come: `batch_size` of them are read at a time, and no more are
+    held.
 
-    what, top, allow_url: as of `predict`. Of an image that cannot be read `error` says why, and the next one follows.
+    what, top, allow_url: as of `predict`. Of an image that cannot be read `error` says why, and the next
+    one follows.
     """
     for name, value in (("top", top), ("batch_size", batch_size)):
-        if value is not None and value < 1: raise SFTError(f"{name} = {value}: not allowed; use a whole number from 1.")
+        if value is not None and value < 1:
+            raise SFTError(f"{name} = {value}: not allowed; use a whole number from 1.")
     given = (_given(item, i, allow_url) for i, item in enumerate(_items(what)))
     return _stream(result, given, top, batch_size)
 
 # %% ../nbs/09_recipe.ipynb #19913f35
-def _stream(result: Result, given: Iterator[tuple[str, Any]], top: int | None, batch_size: int) -> Iterator[Prediction]:
+def _stream(
+    result: Result, given: Iterator[tuple[str, Any]], top: int | None, batch_size: int
+) -> Iterator[Prediction]:
     "See `predict_stream`; `given` are names and sources."
     backbone = replace(result.backbone, model=_evaluating(result.backbone.model))
     size, levels = (result.card["preprocessing"].get(key) for key in ("size", "levels"))
@@ -1051,7 +1341,8 @@ def _stream(result: Result, given: Iterator[tuple[str, Any]], top: int | None, b
 
 # %% ../nbs/09_recipe.ipynb #6b9263c4
 def _evaluating(model: nn.Module) -> nn.Module:
-    "The network in evaluation mode: itself, or a copy where some of it is in training mode, which somebody may need."
+    """The network in evaluation mode: itself, or a copy where some of it is in training mode, which
+    somebody may need."""
     return copy.deepcopy(model).eval() if any(m.training for m in model.modules()) else model
 
 # %% ../nbs/09_recipe.ipynb #7ca9f48a
@@ -1070,29 +1361,33 @@ def _prediction(path: str, probabilities: np.ndarray, classes: list[str], top: i
     return Prediction(path, classes[order[0]], float(probabilities[order[0]]), by_class)
 
 # %% ../nbs/09_recipe.ipynb #b94e60d1
-def predict(result: Result, what: Any, top: int | None = None, *, allow_url: bool = False) -> Prediction | list[Prediction]:
+def predict(
+    result: Result, what: Any, top: int | None = None, *, allow_url: bool = False
+) -> Prediction | list[Prediction]:
     """The `Prediction` of one image, or a list of them for several.
 
-    what: a path, the bytes of an image file, an open file, a PIL image, an array uint8 (h, w), (h, w, 3) or (h, w, 4), or,
-    with `allow_url`, an address. Several are a folder (the images in it and below it), an array (n, h, w, 3), or anything
-    that can be gone through: a list, a generator, `Path.glob`. top: keep the probabilities of that many classes, the most
-    probable first; None: all, in the order of the classes.
-    Raises `SFTError` where a single image cannot be read. Of several, `error` says so, and a warning counts them.
+    what: a path, the bytes of an image file, an open file, a PIL image, an array uint8 (h, w), (h, w, 3)
+    or (h, w, 4), or, with `allow_url`, an address. Several are a folder (the images in it and below it),
+    an array (n, h, w, 3), or anything that can be gone through: a list, a generator, `Path.glob`. top:
+    keep the probabilities of that many classes, the most probable first; None: all, in the order of the
+    classes. Raises `SFTError` where a single image cannot be read. Of several, `error` says so, and a
+    warning counts them.
     """
     found = list(predict_stream(result, what, top, allow_url=allow_url))
     bad = [p.error for p in found if p.error]
     if _is_one(what):
         if bad: raise SFTError(bad[0])
         return found[0]
-    if bad: warnings.warn(f"{len(bad)} of {len(found)} images cannot be read, the first: {bad[0]}", stacklevel=2)
+    if bad:
+        warnings.warn(f"{len(bad)} of {len(found)} images cannot be read, the first: {bad[0]}", stacklevel=2)
     return found
 
 # %% ../nbs/09_recipe.ipynb #94e3241d
 def predict_frame(result: Result, what: Any, top: int = 3, *, allow_url: bool = False):
     """The predictions as a pandas DataFrame, a row for each image.
 
-    Its columns: `path`; `label` and `probability`, `label_2` and `probability_2` and so on for the `top` most probable
-    classes; `error`. what, allow_url: as of `predict`.
+    Its columns: `path`; `label` and `probability`, `label_2` and `probability_2` and so on for the `top`
+    most probable classes; `error`. what, allow_url: as of `predict`.
     """
     import pandas as pd
     names = ["", *(f"_{k}" for k in range(2, min(top, len(result.classes)) + 1))]
@@ -1131,8 +1426,9 @@ def _value(text: str | None) -> int | float | str | None:
 def load_artifact(folder: str | Path, device="cpu", model: nn.Module | None = None) -> Result:
     """The `Result` that was saved in `folder`. Nothing in the folder is executed, and nothing is fetched.
 
-    model: the network, with whatever weights, where it is a module of your own or one of the Hugging Face Hub; a copy is used.
-    Raises `SFTError` where the folder is not an artifact, or its weights are not those its card speaks of.
+    model: the network, with whatever weights, where it is a module of your own or one of the Hugging Face
+    Hub; a copy is used. Raises `SFTError` where the folder is not an artifact, or its weights are not
+    those its card speaks of.
     """
     folder = expanded(folder)
     card = read_card(folder)
@@ -1154,11 +1450,17 @@ def _fill(folder: Path, model: nn.Module, card: dict) -> None:
 
 # %% ../nbs/09_recipe.ipynb #d249fe81
 def read_card(folder: str | Path) -> dict:
-    "What `card.json` in an artifact's folder says. Raises `SFTError` where it is missing, damaged, or says what cannot be."
+    """What `card.json` in an artifact's folder says. Raises `SFTError` where it is missing, damaged, or
+    says what cannot be."""
     folder = Path(folder)
-    def refuse(why): raise SFTError(f"{folder}: not an artifact, {why}; give a folder that `sft-course fit` wrote.")
-    try: card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e: refuse(f"its card.json cannot be read ({type(e).__name__})")
+
+    def refuse(why):
+        raise SFTError(f"{folder}: not an artifact, {why}; give a folder that `sft-course fit` wrote.")
+
+    try:
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        refuse(f"its card.json cannot be read ({type(e).__name__})")
     if not isinstance(card, dict): refuse("its card.json holds no table")
     for key, ok in _CARD.items():
         if not ok(card.get(key)): refuse(f"its card.json has no valid {key!r}")
@@ -1167,7 +1469,11 @@ def read_card(folder: str | Path) -> dict:
 # %% ../nbs/09_recipe.ipynb #b7ee3ac9
 def _numbers(v, n: int, low: float) -> bool:
     "Whether this is a list of n finite numbers, none below `low`."
-    return isinstance(v, list) and len(v) == n and all(isinstance(x, (int, float)) and math.isfinite(x) and x >= low for x in v)
+    return (
+        isinstance(v, list)
+        and len(v) == n
+        and all(isinstance(x, (int, float)) and math.isfinite(x) and x >= low for x in v)
+    )
 
 # %% ../nbs/09_recipe.ipynb #f5a57884
 def _preprocessing(v) -> bool:
@@ -1199,35 +1505,58 @@ def _network(folder: Path, card: dict, model: nn.Module | None = None) -> Backbo
     except SFTError as e:
         how = "" if model is not None else "; give the network itself: load_artifact(folder, model=...)"
         why = str(e).rstrip(".?")
-        raise SFTError(f"{folder}: its card.json names a backbone that cannot be opened ({why}){how}.") from None
+        raise SFTError(
+            f"{folder}: its card.json names a backbone that cannot be opened ({why}){how}."
+        ) from None
     return every_stage(backbone, k) if card["head"] == "every" else backbone
 
 # %% ../nbs/09_recipe.ipynb #f558ea1a
 def _weights(folder: Path, card: dict) -> dict[str, torch.Tensor]:
     from safetensors.torch import load
-    try: data = (folder / "model.safetensors").read_bytes()
-    except OSError as e: raise SFTError(f"{folder}: its model.safetensors cannot be read ({e.strerror}); fit again.") from None
+    try:
+        data = (folder / "model.safetensors").read_bytes()
+    except OSError as e:
+        raise SFTError(f"{folder}: its model.safetensors cannot be read ({e.strerror}); fit again.") from None
     if hashlib.sha256(data).hexdigest() != card["sha256"]:
-        raise SFTError(f"{folder}: model.safetensors is damaged or another one than card.json speaks of; fit again.")
-    try: return load(data)
-    except Exception as e: raise SFTError(f"{folder}: model.safetensors cannot be read ({type(e).__name__}); fit again.") from None
+        raise SFTError(
+            f"{folder}: model.safetensors is damaged or another one than card.json speaks of; fit again."
+        )
+    try:
+        return load(data)
+    except Exception as e:
+        raise SFTError(
+            f"{folder}: model.safetensors cannot be read ({type(e).__name__}); fit again."
+        ) from None
 
 # %% ../nbs/09_recipe.ipynb #sp0to000
 def _to(v, device): return v.to(device) if isinstance(v, torch.Tensor) else v
 
 # %% ../nbs/09_recipe.ipynb #0b4aa3a7
 def _restore(tuner: FineTuner, plan: dict) -> tuple[int, bool]:
-    "Put the tuner where the run in `last.ckpt` was; how many phases were done, and whether it is inside of the next one. (0, False) without such a file."
+    """Put the tuner where the run in `last.ckpt` was; how many phases were done, and whether it is inside
+    of the next one. (0, False) without such a file."""
     path = tuner.out / "last.ckpt"
     if not path.exists(): return 0, False
     more = read_checkpoint(path)["more"]
     run = more.get("also") if isinstance(more, dict) else None
-    if not isinstance(run, dict) or not {"plan", "done", "history", "notes", "start", "head", "tuned"} <= run.keys():
-        raise SFTError(f"{path}: not the checkpoint of such a run; give another folder, or delete that file to begin anew.")
+    if (
+        not isinstance(run, dict)
+        or not {"plan", "done", "history", "notes", "start", "head", "tuned"} <= run.keys()
+    ):
+        raise SFTError(
+            f"{path}: not the checkpoint of such a run; give another folder, or delete that file to begin "
+            f"anew."
+        )
     if differ := [k for k in plan if run["plan"].get(k) != plan[k]]:
-        raise SFTError(f"{path}: that run had other {' and other '.join(differ)}; give what it had, or another folder for a new run.")
+        raise SFTError(
+            f"{path}: that run had other {' and other '.join(differ)}; give what it had, or another folder "
+            f"for a new run."
+        )
     tuner.history, tuner.notes, tuner.start = run["history"], run["notes"], run["start"]
-    tuner.head, tuner.tuned = (c and kind(**{k: _to(v, tuner.device) for k, v in c.items()}) for kind, c in ((Head, run["head"]), (Candidate, run["tuned"])))
+    tuner.head, tuner.tuned = (
+        c and kind(**{k: _to(v, tuner.device) for k, v in c.items()})
+        for kind, c in ((Head, run["head"]), (Candidate, run["tuned"]))
+    )
     tuner.done = [Phase(**p) for p in plan["phases"][:run["done"]]]
     if latest := tuner.tuned or tuner.head: tuner.backbone.model.load_state_dict(latest.state)
     for row in tuner.history if tuner.watch else (): tuner.watch(dict(row))
@@ -1235,60 +1564,106 @@ def _restore(tuner: FineTuner, plan: dict) -> tuple[int, bool]:
 
 # %% ../nbs/09_recipe.ipynb #abc52c65
 def _ended(tuner: FineTuner, phases: tuple[Phase, ...]) -> Result | None:
-    "The artifact in `out`, where the run there has ended; None where there is something to go on with, or nothing."
+    """The artifact in `out`, where the run there has ended; None where there is something to go on with,
+    or nothing."""
     if not tuner.out:
         raise SFTError("resume: there is no folder to go on from; give `out`.")
     card, checkpoint = tuner.out / "card.json", tuner.out / "last.ckpt"
     if not card.exists() or checkpoint.exists() and checkpoint.stat().st_mtime > card.stat().st_mtime:
         return None
     there = read_card(tuner.out)
-    mine = {"backbone": tuner.backbone.name, "weights": tuner.backbone.weights, "seed": tuner.seed, "data": tuner.pixels.key,
-            "classes": list(tuner.catalog.classes)}
-    differ = [k for k, v in mine.items() if there.get(k) != v] + ["size"] * (there["preprocessing"]["size"] != tuner.size)
+    mine = {
+        "backbone": tuner.backbone.name,
+        "weights": tuner.backbone.weights,
+        "seed": tuner.seed,
+        "data": tuner.pixels.key,
+        "classes": list(tuner.catalog.classes),
+    }
+    differ = [k for k, v in mine.items() if there.get(k) != v] + ["size"] * (
+        there["preprocessing"]["size"] != tuner.size
+    )
     ran = there.get("phases")  # those that could gain nothing were left out
     if not isinstance(ran, list) or ran != [asdict(p) for p in phases[:len(ran)]]:
         differ.append("phases")
     if differ:
-        raise SFTError(f"{tuner.out}: the run that ended there had other {' and other '.join(differ)}; give what it had, or another folder for a new run.")
-    said = f"{tuner.out}: the run there has ended already, so there is nothing to go on with; this is its artifact"
+        raise SFTError(
+            f"{tuner.out}: the run that ended there had other {' and other '.join(differ)}; give what it "
+            f"had, or another folder for a new run."
+        )
+    said = (
+        f"{tuner.out}: the run there has ended already, so there is nothing to go on with; this is its "
+        f"artifact"
+    )
     if not tuner.keep_checkpoint:
         checkpoint.unlink(missing_ok=True)  # it was killed after all was done
     tuner.tell(said) if tuner.say else warnings.warn(said, stacklevel=4)
     return load_artifact(tuner.out, tuner.device)
 
 # %% ../nbs/09_recipe.ipynb #a4cfe21e
-def fine_tune(data, backbone: str | Backbone | nn.Module | None = None, out: str | Path | None = None, *,
-              size: int | None = None, seed: int | None = None, phases: tuple[Phase, ...] | Phase | None = None,
-              settings: Settings | None = None, resume: bool = False, watch: Callable[[dict], Any] | str | None = None,
-              weights: str | Path | None = "pretrained", val: str | Path | None = None, test: str | Path | None = None,
-              epochs: int | None = None, lr: float | None = None, batch_size: int | None = None,
-              train: int | str | None = None, keep_checkpoint: bool = False, say: Callable[[str], Any] | None = None) -> Result:
+def fine_tune(
+    data,
+    backbone: str | Backbone | nn.Module | None = None,
+    out: str | Path | None = None,
+    *,
+    size: int | None = None,
+    seed: int | None = None,
+    phases: tuple[Phase, ...] | Phase | None = None,
+    settings: Settings | None = None,
+    resume: bool = False,
+    watch: Callable[[dict], Any] | str | None = None,
+    weights: str | Path | None = "pretrained",
+    val: str | Path | None = None,
+    test: str | Path | None = None,
+    epochs: int | None = None,
+    lr: float | None = None,
+    batch_size: int | None = None,
+    train: int | str | None = None,
+    keep_checkpoint: bool = False,
+    say: Callable[[str], Any] | None = None,
+) -> Result:
     """Fine-tune a pretrained network on labelled images.
 
-    phases: the recipe; None: `default_phases`, of which train, epochs, lr and batch_size change the tuning. resume: go on where a
-    run into `out` was stopped. The rest is as for `FineTuner`: data can be a folder, a CSV, a DataFrame, lists, arrays or a data set.
-    What is not given is read from the settings. Raises `SFTError` with one sentence where there is nothing to learn from.
+    phases: the recipe; None: `default_phases`, of which train, epochs, lr and batch_size change the
+    tuning. resume: go on where a run into `out` was stopped. The rest is as for `FineTuner`: data can be a
+    folder, a CSV, a DataFrame, lists, arrays or a data set. What is not given is read from the settings.
+    Raises `SFTError` with one sentence where there is nothing to learn from.
     """
     settings = settings or load_settings()
     changed = {"train": train, "epochs": epochs, "lr": lr, "batch_size": batch_size}
     given = [k for k, v in changed.items() if v is not None]
     if phases is not None and given:
-        raise SFTError(f"fine_tune: {' and '.join(given)} and phases are given; write {given[0]} into the phases.")
+        raise SFTError(
+            f"fine_tune: {' and '.join(given)} and phases are given; write {given[0]} into the phases."
+        )
     if phases is None:
         phases = default_phases(settings, **changed)
     if isinstance(phases, Phase):
         phases = (phases,)
-    tuner = FineTuner(data, settings.backbone if backbone is None else backbone, out, size=size, seed=seed, settings=settings,
-                      weights=weights, val=val, test=test, watch=watch, say=say, keep_checkpoint=keep_checkpoint)
+    tuner = FineTuner(
+        data,
+        settings.backbone if backbone is None else backbone,
+        out,
+        size=size,
+        seed=seed,
+        settings=settings,
+        weights=weights,
+        val=val,
+        test=test,
+        watch=watch,
+        say=say,
+        keep_checkpoint=keep_checkpoint,
+    )
     return tuner.run(*phases, resume=resume)
 
 # %% ../nbs/09_recipe.ipynb #588c607b
 def scratch_phase(settings: Settings) -> Phase:
-    "All layers from random weights: a larger rate, batch norms that learn their statistics, new views in every epoch."
+    """All layers from random weights: a larger rate, batch norms that learn their statistics, new views in
+    every epoch."""
     return Phase("all", epochs=settings.pick(quick=8, full=60), lr=1e-3, views=0, batch_stats=True)
 
 def demo(out: str | Path, settings: Settings | None = None) -> tuple[float, Result]:
-    "Accuracy of the network trained from scratch, and the `Result` of fine-tuning it, on the data that the settings name."
+    """Accuracy of the network trained from scratch, and the `Result` of fine-tuning it, on the data that
+    the settings name."""
     settings = settings or load_settings()
     folder = open_dataset(settings)
     tuned = fine_tune(folder, out=out, size=settings.image_size, settings=settings)

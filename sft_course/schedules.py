@@ -50,7 +50,8 @@ def _arc(a: float, b: float, share: float) -> float:
     return b + (a - b) * (1 + math.cos(math.pi * share)) / 2
 
 def one_cycle(step: int, steps: int, warmup: float = .3) -> float:
-    "From 1/25 to 1 over the first `warmup` of the steps, then to 4e-6 at the last, as torch's OneCycleLR (Smith and Topin 2018)."
+    """From 1/25 to 1 over the first `warmup` of the steps, then to 4e-6 at the last, as torch's OneCycleLR
+    (Smith and Topin 2018)."""
     top, last = warmup * steps - 1, steps - 1  # the peak may lie between two steps
     if step <= top: return _arc(1 / 25, 1., step / top if top else 1.)
     return _arc(1., 1 / 25 / 1e4, min((step - top) / (last - top), 1.)) if last > top else 1 / 25 / 1e4
@@ -65,27 +66,34 @@ SCHEDULES: dict[str, Callable[[int, int], float]] = {
     "constant": constant, "step": step_decay, "linear": linear, "cosine": cosine, "one_cycle": one_cycle}
 
 def schedule(name: str, steps: int, warmup: float = .1) -> Callable[[int], float]:
-    """The factor at each step: a linear rise over the first `warmup` of the steps, then the named schedule over the rest.
+    """The factor at each step: a linear rise over the first `warmup` of the steps, then the named schedule
+    over the rest.
 
-    `one_cycle` has a rise of its own; there `warmup` is how much of the steps it takes (torch's default is .3).
-    At least the last step is not part of the rise. Raises `SFTError` for a name or number that cannot be.
+    `one_cycle` has a rise of its own; there `warmup` is how much of the steps it takes (torch's default is
+    .3). At least the last step is not part of the rise. Raises `SFTError` for a name or number that cannot
+    be.
     """
     if name not in SCHEDULES: raise SFTError(f"schedule = {name!r}: use one of {', '.join(SCHEDULES)}.")
     if steps < 1: raise SFTError(f"schedule {name}: steps = {steps}; there must be 1 or more.")
-    if not 0 <= warmup < 1: raise SFTError(f"schedule {name}: warmup = {warmup}; give a share of the steps, from 0 to below 1.")
+    if not 0 <= warmup < 1:
+        raise SFTError(f"schedule {name}: warmup = {warmup}; give a share of the steps, from 0 to below 1.")
     if name == "one_cycle": return lambda step: one_cycle(step, steps, warmup)
     rise = min(round(warmup * steps), steps - 1)
     return lambda step: warm_up(step, rise) if step < rise else SCHEDULES[name](step - rise, steps - rise)
 
 # %% ../nbs/07_schedules.ipynb #f0420235
 def rate_table(name: str, steps: int, bases: Sequence[float], warmup: float = .1) -> np.ndarray:
-    "Rates float64 (steps, groups): the named schedule's factor at every step times each group's own rate in `bases`."
+    """Rates float64 (steps, groups): the named schedule's factor at every step times each group's own rate
+    in `bases`."""
     rate = schedule(name, steps, warmup)
     return np.outer([rate(t) for t in range(steps)], np.asarray(bases, float))
 
 # %% ../nbs/07_schedules.ipynb #rs070002
-def scheduled_loop(data: PixelCache, lr: float, seed: int = 0, epochs: int = 8, size: int = 96) -> tuple[Backbone, list[dict]]:
-    "Train the upper six stages from the exact head, with warm-up and a cosine: the best epoch's weights, and a row per epoch."
+def scheduled_loop(
+    data: PixelCache, lr: float, seed: int = 0, epochs: int = 8, size: int = 96
+) -> tuple[Backbone, list[dict]]:
+    """Train the upper six stages from the exact head, with warm-up and a cosine: the best epoch's weights,
+    and a row per epoch."""
     train = data.catalog.rows("train")
     val = data.catalog.rows("val")
     device = pick_device(load_settings())
@@ -119,7 +127,9 @@ def scheduled_loop(data: PixelCache, lr: float, seed: int = 0, epochs: int = 8, 
             step += 1
             hits += (logits.argmax(1) == labels[train[rows]]).sum().item()
         now = score(predict_logits(net.model, lambda at: images(val[at], center), len(val)), labels[val])
-        history.append({"train_accuracy": hits / len(train), "val_accuracy": now.accuracy, "val_loss": now.loss})
+        history.append(
+            {"train_accuracy": hits / len(train), "val_accuracy": now.accuracy, "val_loss": now.loss}
+        )
         if now.loss < lowest:
             lowest = now.loss
             best = copy_state(net.model)

@@ -17,11 +17,19 @@ from ..backbones import Backbone
 
 # %% ../../nbs/tools/cams.ipynb #18e7b559
 def _grid(out: Any, batch: int, widest: int) -> torch.Tensor | None:
-    "The map (batch, channels, h, w) in what a module returned, be it such a map, (batch, h, w, channels) or tokens; None where there is none."
-    if not isinstance(out, torch.Tensor) or not out.is_floating_point() or out.ndim not in (3, 4) or len(out) != batch: return None
+    """The map (batch, channels, h, w) in what a module returned, be it such a map, (batch, h, w, channels)
+    or tokens; None where there is none."""
+    if (
+        not isinstance(out, torch.Tensor)
+        or not out.is_floating_point()
+        or out.ndim not in (3, 4)
+        or len(out) != batch
+    ):
+        return None
     if out.ndim == 3:
         side = math.isqrt(out.shape[1])
-        if side < 2 or out.shape[1] - side * side > 8: return None  # more than class token and registers beside the grid
+        if side < 2 or out.shape[1] - side * side > 8:
+            return None  # more than class token and registers beside the grid
         out = out[:, out.shape[1] - side * side:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     elif out.shape[1] == out.shape[2] != out.shape[3]: out = out.permute(0, 3, 1, 2)
     return out if 2 <= out.shape[2] == out.shape[3] <= widest else None
@@ -29,7 +37,8 @@ def _grid(out: Any, batch: int, widest: int) -> torch.Tensor | None:
 # %% ../../nbs/tools/cams.ipynb #5ec76740
 @contextmanager
 def _evaluating(model: nn.Module, hooks: dict[str, Any]):
-    "Evaluation mode, gradients on, and a forward hook on each named module; afterwards everything is as it was."
+    """Evaluation mode, gradients on, and a forward hook on each named module; afterwards everything is as
+    it was."""
     modes, names = [(m, m.training) for m in model.modules()], dict(model.named_modules())
     handles = [names[n].register_forward_hook(h) for n, h in hooks.items()]
     model.eval()
@@ -41,9 +50,11 @@ def _evaluating(model: nn.Module, hooks: dict[str, Any]):
 
 # %% ../../nbs/tools/cams.ipynb #a77a52d1
 def spatial_layer(model: nn.Module, x: torch.Tensor, label: int) -> str:
-    """Name of the last module whose output still has places that the logit of `label` depends on; x: one picture (1, 3, s, s).
+    """Name of the last module whose output still has places that the logit of `label` depends on; x: one
+    picture (1, 3, s, s).
 
-    Raises `SFTError` where there is none. (In a Transformer that reads its class token, no other token counts after the last attention.)
+    Raises `SFTError` where there is none. (In a Transformer that reads its class token, no other token
+    counts after the last attention.)
     """
     kept: dict[str, torch.Tensor] = {}
     def keep(name):
@@ -55,26 +66,37 @@ def spatial_layer(model: nn.Module, x: torch.Tensor, label: int) -> str:
         return hook
     with _evaluating(model, {n: keep(n) for n, _ in model.named_modules() if n}):
         logit = model(x.detach().clone().requires_grad_())[0, int(label)]
-        slopes = torch.autograd.grad(logit, list(kept.values()), allow_unused=True) if kept and logit.requires_grad else ()
+        slopes = (
+            torch.autograd.grad(logit, list(kept.values()), allow_unused=True)
+            if kept and logit.requires_grad
+            else ()
+        )
     return _last_that_counts(list(kept), slopes, x.shape[-1] // 4)
 
 def _last_that_counts(names: list[str], slopes: Sequence[torch.Tensor | None], widest: int) -> str:
     wide = next((s.shape[-1] for s in reversed(slopes) if s is not None and s.ndim == 3), None)
     for name, s in zip(reversed(names), reversed(slopes)):
-        if s is None or (s.ndim == 3 and s.shape[-1] != wide): continue  # tokens of another width: queries, keys and values in one
+        if s is None or (s.ndim == 3 and s.shape[-1] != wide):
+            continue  # tokens of another width: queries, keys and values in one
         if (g := _grid(s, 1, widest)) is not None and g.abs().max() > 0: return name
-    raise SFTError("Grad-CAM: no module of this network returns a map of places that the logit depends on; there is nothing to draw.")
+    raise SFTError(
+        "Grad-CAM: no module of this network returns a map of places that the logit depends on; there is "
+        "nothing to draw."
+    )
 
 # %% ../../nbs/tools/cams.ipynb #2a173c39
 def grad_cam(backbone: Backbone, x: torch.Tensor, labels, layer: str | None = None) -> np.ndarray:
-    """Where evidence for `labels` lies: float32 (b, s, s) from 0 to 1, for pictures x (b, 3, s, s) as `to_input` makes them; one label, or b.
+    """Where evidence for `labels` lies: float32 (b, s, s) from 0 to 1, for pictures x (b, 3, s, s) as
+    `to_input` makes them; one label, or b.
 
-    layer: name of the module whose output is weighed; None: `spatial_layer`. Raises `SFTError` where the network has no such map.
-    Source: Selvaraju et al. 2017.
+    layer: name of the module whose output is weighed; None: `spatial_layer`. Raises `SFTError` where the
+    network has no such map. Source: Selvaraju et al. 2017.
     """
     y, model, kept = torch.as_tensor(labels).expand(len(x)).to(x.device), backbone.model, []
     layer = layer or spatial_layer(model, x[:1], y[0])
-    if len(x) > 8: return np.concatenate([grad_cam(backbone, *some, layer) for some in zip(x.split(8), y.split(8))])
+    if len(x) > 8:
+        return np.concatenate([grad_cam(backbone, *some, layer) for some in zip(x.split(8), y.split(8))])
+
     def cut(module, inputs, out):
         kept[:] = [out.detach().requires_grad_()]  # what lies below needs no gradient
         return kept[0].clone()
@@ -83,11 +105,14 @@ def grad_cam(backbone: Backbone, x: torch.Tensor, labels, layer: str | None = No
     a, g = (_grid(t, len(x), x.shape[-1]) for t in (kept[0], slope))
     if a is None: raise SFTError(f"Grad-CAM: {layer} returns no map of places; name another layer.")
     cam = (g.mean((2, 3), keepdim=True) * a).sum(1, keepdim=True).relu().detach()
-    cam = (cam - cam.amin((2, 3), keepdim=True)) / (cam.amax((2, 3), keepdim=True) - cam.amin((2, 3), keepdim=True)).clamp_min(1e-12)
+    cam = (cam - cam.amin((2, 3), keepdim=True)) / (
+        cam.amax((2, 3), keepdim=True) - cam.amin((2, 3), keepdim=True)
+    ).clamp_min(1e-12)
     return nn.functional.interpolate(cam, x.shape[-2:], mode="bilinear")[:, 0].float().cpu().numpy()
 
 # %% ../../nbs/tools/cams.ipynb #d214b505
 def spotlight(pictures: np.ndarray, cams: np.ndarray) -> np.ndarray:
-    "uint8 (n, s, s, 3): pictures of that shape that fade to grey where `cams`, float (n, s, s) from 0 to 1, are low."
+    """uint8 (n, s, s, 3): pictures of that shape that fade to grey where `cams`, float (n, s, s) from 0 to
+    1, are low."""
     share = .2 + .8 * np.asarray(cams, np.float32)[..., None]
     return (share * pictures + (1 - share) * 150).round().astype(np.uint8)

@@ -30,7 +30,8 @@ def _random_kept(seed: int) -> Iterator[None]:
 
 # %% ../../nbs/tools/finder.ipynb #be672372
 def smoothed(losses: Sequence[float], reach: int = 2) -> np.ndarray:
-    "Mean of each loss and its neighbours up to `reach` steps away, on both sides (fewer at the ends): float64 (n,)."
+    """Mean of each loss and its neighbours up to `reach` steps away, on both sides (fewer at the ends):
+    float64 (n,)."""
     def sums(x): return np.convolve(x, np.ones(2 * reach + 1))[reach:reach + len(x)]
     return sums(np.asarray(losses, float)) / sums(np.ones(len(losses)))
 
@@ -41,9 +42,13 @@ def _full_batches(n: int, size: int, steps: int, seed: int) -> list[np.ndarray]:
     return list(islice(every, steps))
 
 def _twins(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-    try: return copy.deepcopy((model, optimizer))
+    try:
+        return copy.deepcopy((model, optimizer))
     except Exception as e:
-        raise SFTError(f"rate_curve: the network cannot be copied ({type(e).__name__}: {str(e)[:80]}); try rates by hand.") from None
+        raise SFTError(
+            f"rate_curve: the network cannot be copied ({type(e).__name__}: {str(e)[:80]}); try rates by "
+            f"hand."
+        ) from None
 
 # %% ../../nbs/tools/finder.ipynb #740f1897
 def _climb(model, train, held, optimizer, order, rates, clip, how) -> Iterator[float]:
@@ -61,27 +66,59 @@ def _climb(model, train, held, optimizer, order, rates, clip, how) -> Iterator[f
         optimizer.step()
 
 # %% ../../nbs/tools/finder.ipynb #dab8f6ba
-def rate_curve(model: nn.Module, train: tuple, held: tuple | None, optimizer: torch.optim.Optimizer, *, low: float = 1e-5, high: float = 1.,
-               steps: int = 50, batch_size: int = 16, seed: int = 0, clip: float | None = None, **how) -> tuple[np.ndarray, np.ndarray]:
-    """(rates, losses), each float64 (n,), n ≤ steps: a range test from `low` to `high`, on copies of model and optimiser.
+def rate_curve(
+    model: nn.Module,
+    train: tuple,
+    held: tuple | None,
+    optimizer: torch.optim.Optimizer,
+    *,
+    low: float = 1e-5,
+    high: float = 1.0,
+    steps: int = 50,
+    batch_size: int = 16,
+    seed: int = 0,
+    clip: float | None = None,
+    **how,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rates, losses), each float64 (n,), n ≤ steps: a range test from `low` to `high`, on copies of model
+    and optimiser.
 
-    train, held: pairs of `inputs(rows)` and labels (n,), as for `fit`; losses (nats) are of the held-back pictures before each step, or,
-    if held is None, of the batch. A rate is that of the group with the largest; others keep their proportion. Modes are as they are
-    at the call. It ends early when the loss is four times its lowest or not finite. how: as in `add_gradients`.
-    Nothing that is passed in changes, nor the random state. Raises `SFTError` when the first loss is not finite. Source: Smith 2015.
+    train, held: pairs of `inputs(rows)` and labels (n,), as for `fit`; losses (nats) are of the held-back
+    pictures before each step, or, if held is None, of the batch. A rate is that of the group with the
+    largest; others keep their proportion. Modes are as they are at the call. It ends early when the loss
+    is four times its lowest or not finite. how: as in `add_gradients`. Nothing that is passed in changes,
+    nor the random state. Raises `SFTError` when the first loss is not finite. Source: Smith 2015.
     """
     if not 0 < low < high or steps < 10:
-        raise SFTError(f"rate_curve: low = {low}, high = {high}, steps = {steps}; use 0 < low < high and 10 steps or more.")
+        raise SFTError(
+            f"rate_curve: low = {low}, high = {high}, steps = {steps}; use 0 < low < high and 10 steps or "
+            f"more."
+        )
     if not len(train[1]) or not any(g.get("base", g["lr"]) > 0 for g in optimizer.param_groups):
-        raise SFTError("rate_curve: there are no pictures, or every rate of the optimiser is 0; give pictures and a rate above 0.")
+        raise SFTError(
+            "rate_curve: there are no pictures, or every rate of the optimiser is 0; give pictures and a "
+            "rate above 0."
+        )
     losses, rates = [], np.geomspace(low, high, steps)
     with _random_kept(seed), torch.enable_grad():
         copies = _twins(model, optimizer)
-        for loss in _climb(copies[0], train, held, copies[1], _full_batches(len(train[1]), batch_size, steps, seed), rates, clip, how):
+        for loss in _climb(
+            copies[0],
+            train,
+            held,
+            copies[1],
+            _full_batches(len(train[1]), batch_size, steps, seed),
+            rates,
+            clip,
+            how,
+        ):
             losses.append(loss)
             if smoothed(losses)[-1] > 4 * smoothed(losses).min(): break
     if not losses:
-        raise SFTError(f"rate_curve: the loss is not finite at the first step, at rate {low:g}; look at pictures, labels and weights.")
+        raise SFTError(
+            f"rate_curve: the loss is not finite at the first step, at rate {low:g}; look at pictures, "
+            f"labels and weights."
+        )
     return rates[:len(losses)], np.array(losses)
 
 # %% ../../nbs/tools/finder.ipynb #c31db955
@@ -96,23 +133,28 @@ RULES: dict[str, Callable] = {"steepest": _steepest, "lowest": _lowest}
 def suggest(rates: np.ndarray, losses: np.ndarray, rule: str = "steepest") -> tuple[float, str]:
     """(rate, how it was chosen) from a curve of `rate_curve`, by one of RULES, after smoothing.
 
-    Raises `SFTError` for a rule that nobody knows, where the curve does not fall by 5 % and four standard errors of its first quarter,
-    and where it is lowest at its last rate.
+    Raises `SFTError` for a rule that nobody knows, where the curve does not fall by 5 % and four standard
+    errors of its first quarter, and where it is lowest at its last rate.
     """
     if rule not in RULES: raise SFTError(f"rule = {rule!r}: use one of {', '.join(RULES)}.")
     y, flat = smoothed(losses), np.asarray(losses)[:max(len(losses) // 4, 3)]
     fall, noise = flat.mean() - y.min(), 4 * flat.std() / 5**.5
     if len(y) < 5 or not fall > max(.05 * flat.mean(), noise):
-        raise SFTError(f"the loss does not fall at any of {len(y)} rates from {rates[0]:.1e} to {rates[-1]:.1e} (it starts at {flat.mean():.2f}); "
-                       "judge rates by short runs instead.")
-    if y.argmin() == len(y) - 1: raise SFTError(f"the loss still falls at the largest rate, {rates[-1]:g}; try larger ones.")
+        raise SFTError(
+            f"the loss does not fall at any of {len(y)} rates from {rates[0]:.1e} to {rates[-1]:.1e} (it "
+            f"starts at {flat.mean():.2f}); "
+            "judge rates by short runs instead."
+        )
+    if y.argmin() == len(y) - 1:
+        raise SFTError(f"the loss still falls at the largest rate, {rates[-1]:g}; try larger ones.")
     rate, how = RULES[rule](rates, y)
     return float(rate), how
 
 # %% ../../nbs/tools/finder.ipynb #cff3d7ce
 @dataclass(frozen=True, eq=False)
 class FoundRate:
-    "A range test: `rates` and `losses` float64 (n,), the `suggested` rate for the group with the largest, and `how` it was chosen."
+    """A range test: `rates` and `losses` float64 (n,), the `suggested` rate for the group with the
+    largest, and `how` it was chosen."""
     rates: np.ndarray
     losses: np.ndarray
     suggested: float
@@ -122,6 +164,7 @@ class FoundRate:
 
 def find_rate(model: nn.Module, train: tuple, held: tuple | None, optimizer: torch.optim.Optimizer, *,
               rule: str = "steepest", **how) -> FoundRate:
-    "`rate_curve`, then `suggest`; takes and raises what they do. Model, optimiser and random state stay as they are, also on errors."
+    """`rate_curve`, then `suggest`; takes and raises what they do. Model, optimiser and random state stay
+    as they are, also on errors."""
     rates, losses = rate_curve(model, train, held, optimizer, **how)
     return FoundRate(rates, losses, *suggest(rates, losses, rule))
