@@ -1,6 +1,7 @@
 __version__ = "0.1.0"
 
-_HERE = {"fine_tune": "recipe", "FineTuner": "recipe", "Phase": "recipe", "Result": "recipe", "load_artifact": "recipe", "load_settings": "core"}
+_HERE = {"fine_tune": "recipe", "FineTuner": "tools.engine", "Phase": "tools.phases", "Result": "tools.predict",
+         "load_artifact": "tools.artifact", "load_settings": "core"}
 __all__ = list(_HERE)
 
 
