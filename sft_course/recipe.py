@@ -22,15 +22,8 @@ from .loop import score
 from .tools.watchers import _ToCsv, _ToTensorboard, _ToWandb, _watcher
 from .tools.phases import Candidate, Head, _can_gain, _choose, _reason, clearly_better
 from .tools.predict import Prediction
-from sft_course.tools.artifact import (
-    ARTIFACT,
-    _table,
-    _value,
-    every_stage,
-    free_name,
-    load_artifact,
-    read_card,
-)
+from .tools.artifact import (ARTIFACT, _table, _value, every_stage, free_name, load_artifact,
+                                       read_card)
 from .tools.artifact import require_free
 from .tools.resume import claimed
 
@@ -67,9 +60,8 @@ def fine_tune(data, backbone: str | Backbone | nn.Module | None = None, out: str
     changed = {"train": train, "epochs": epochs, "lr": lr, "batch_size": batch_size}
     given = [k for k, v in changed.items() if v is not None]
     if phases is not None and given:
-        raise SFTError(
-            f"fine_tune: {' and '.join(given)} and phases are given; write {given[0]} into the phases."
-        )
+        raise SFTError(f"fine_tune: {' and '.join(given)} and phases are given; write {given[0]} into the "
+                       f"phases.")
     if phases is None:
         phases = default_phases(settings, **changed)
     if isinstance(phases, Phase):

@@ -89,9 +89,8 @@ def rate_table(name: str, steps: int, bases: Sequence[float], warmup: float = .1
     return np.outer([rate(t) for t in range(steps)], np.asarray(bases, float))
 
 # %% ../nbs/07_schedules.ipynb #rs070002
-def scheduled_loop(
-    data: PixelCache, lr: float, seed: int = 0, epochs: int = 8, size: int = 96
-) -> tuple[Backbone, list[dict]]:
+def scheduled_loop(data: PixelCache, lr: float, seed: int = 0, epochs: int = 8,
+                   size: int = 96) -> tuple[Backbone, list[dict]]:
     """Train the upper six stages from the exact head, with warm-up and a cosine: the best epoch's weights,
     and a row per epoch."""
     train = data.catalog.rows("train")
@@ -127,9 +126,8 @@ def scheduled_loop(
             step += 1
             hits += (logits.argmax(1) == labels[train[rows]]).sum().item()
         now = score(predict_logits(net.model, lambda at: images(val[at], center), len(val)), labels[val])
-        history.append(
-            {"train_accuracy": hits / len(train), "val_accuracy": now.accuracy, "val_loss": now.loss}
-        )
+        history.append({"train_accuracy": hits / len(train), "val_accuracy": now.accuracy,
+                        "val_loss": now.loss})
         if now.loss < lowest:
             lowest = now.loss
             best = copy_state(net.model)

@@ -142,11 +142,8 @@ def every_stage(backbone: Backbone, classes: int) -> Backbone:
 
     def renamed(stage):
         inside = [modules.get(id(backbone.model.get_submodule(m))) for m in stage.modules]
-        return Stage(
-            stage.name,
-            tuple(m for m in inside if m),
-            tuple(parameters[id(old[p])] for p in stage.parameters if id(old[p]) in parameters),
-        )
+        return Stage(stage.name, tuple(m for m in inside if m),
+                     tuple(parameters[id(old[p])] for p in stage.parameters if id(old[p]) in parameters))
 
     body = [renamed(s) for s in backbone.stages[:-1]]
     head = Stage("linear", ("linear",), ("linear.weight", "linear.bias"))
@@ -220,11 +217,8 @@ def read_card(folder: str | Path) -> dict:
 # %% ../../nbs/tools/artifact.ipynb #b7ee3ac9
 def _numbers(v, n: int, low: float) -> bool:
     "Whether this is a list of n finite numbers, none below `low`."
-    return (
-        isinstance(v, list)
-        and len(v) == n
-        and all(isinstance(x, (int, float)) and math.isfinite(x) and x >= low for x in v)
-    )
+    return (isinstance(v, list) and len(v) == n and all(isinstance(x, (int, float)) and math.isfinite(x)
+                                                        and x >= low for x in v))
 
 # %% ../../nbs/tools/artifact.ipynb #f5a57884
 def _preprocessing(v) -> bool:
@@ -269,9 +263,8 @@ def _weights(folder: Path, card: dict) -> dict[str, torch.Tensor]:
     except OSError as e:
         raise SFTError(f"{folder}: its model.safetensors cannot be read ({e.strerror}); fit again.") from None
     if hashlib.sha256(data).hexdigest() != card["sha256"]:
-        raise SFTError(
-            f"{folder}: model.safetensors is damaged or another one than card.json speaks of; fit again."
-        )
+        raise SFTError(f"{folder}: model.safetensors is damaged or another one than card.json speaks of; fit "
+                       f"again.")
     try:
         return load(data)
     except Exception as e:

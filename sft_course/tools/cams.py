@@ -19,12 +19,8 @@ from ..backbones import Backbone
 def _grid(out: Any, batch: int, widest: int) -> torch.Tensor | None:
     """The map (batch, channels, h, w) in what a module returned, be it such a map, (batch, h, w, channels)
     or tokens; None where there is none."""
-    if (
-        not isinstance(out, torch.Tensor)
-        or not out.is_floating_point()
-        or out.ndim not in (3, 4)
-        or len(out) != batch
-    ):
+    if (not isinstance(out, torch.Tensor) or not out.is_floating_point() or out.ndim not in (3, 4)
+        or len(out) != batch):
         return None
     if out.ndim == 3:
         side = math.isqrt(out.shape[1])
@@ -66,11 +62,8 @@ def spatial_layer(model: nn.Module, x: torch.Tensor, label: int) -> str:
         return hook
     with _evaluating(model, {n: keep(n) for n, _ in model.named_modules() if n}):
         logit = model(x.detach().clone().requires_grad_())[0, int(label)]
-        slopes = (
-            torch.autograd.grad(logit, list(kept.values()), allow_unused=True)
-            if kept and logit.requires_grad
-            else ()
-        )
+        slopes = (torch.autograd.grad(logit, list(kept.values()), allow_unused=True) if kept
+                  and logit.requires_grad else ())
     return _last_that_counts(list(kept), slopes, x.shape[-1] // 4)
 
 def _last_that_counts(names: list[str], slopes: Sequence[torch.Tensor | None], widest: int) -> str:
@@ -79,10 +72,8 @@ def _last_that_counts(names: list[str], slopes: Sequence[torch.Tensor | None], w
         if s is None or (s.ndim == 3 and s.shape[-1] != wide):
             continue  # tokens of another width: queries, keys and values in one
         if (g := _grid(s, 1, widest)) is not None and g.abs().max() > 0: return name
-    raise SFTError(
-        "Grad-CAM: no module of this network returns a map of places that the logit depends on; there is "
-        "nothing to draw."
-    )
+    raise SFTError("Grad-CAM: no module of this network returns a map of places that the logit depends on; "
+                   "there is nothing to draw.")
 
 # %% ../../nbs/tools/cams.ipynb #2a173c39
 def grad_cam(backbone: Backbone, x: torch.Tensor, labels, layer: str | None = None) -> np.ndarray:
@@ -105,9 +96,8 @@ def grad_cam(backbone: Backbone, x: torch.Tensor, labels, layer: str | None = No
     a, g = (_grid(t, len(x), x.shape[-1]) for t in (kept[0], slope))
     if a is None: raise SFTError(f"Grad-CAM: {layer} returns no map of places; name another layer.")
     cam = (g.mean((2, 3), keepdim=True) * a).sum(1, keepdim=True).relu().detach()
-    cam = (cam - cam.amin((2, 3), keepdim=True)) / (
-        cam.amax((2, 3), keepdim=True) - cam.amin((2, 3), keepdim=True)
-    ).clamp_min(1e-12)
+    cam = (cam - cam.amin((2, 3), keepdim=True)) / (cam.amax((2, 3), keepdim=True)
+                                                    - cam.amin((2, 3), keepdim=True)).clamp_min(1e-12)
     return nn.functional.interpolate(cam, x.shape[-2:], mode="bilinear")[:, 0].float().cpu().numpy()
 
 # %% ../../nbs/tools/cams.ipynb #d214b505

@@ -19,7 +19,7 @@ from ..backbones import Backbone, stage_costs
 from ..loop import Score, predict_logits, save_checkpoint, score
 from ..freezing import pictures_at_once
 from ..unfreezing import first_trainable
-from ..evaluation import Evaluation, eval_logits
+from .logits import Evaluation, eval_logits
 from .phases import Candidate, Head, Phase, _can_gain, _choose, _reason
 from .predict import Result
 from .artifact import every_stage
@@ -104,13 +104,8 @@ def _versions() -> dict[str, str]:
     "Of what made the weights."
     import timm, torchvision
 
-    return {
-        "sft_course": sft_course.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-    }
+    return {"sft_course": sft_course.__version__, "python": platform.python_version(),
+            "torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
 
 # %% ../../nbs/tools/engine.ipynb #4b9cc1ec
 def _metrics(tuner: TunerState, test: Score) -> dict:
@@ -129,30 +124,20 @@ def _preprocessing_of(tuner: TunerState) -> dict:
 def _card(tuner: TunerState, chosen: Candidate, test: Score) -> dict:
     "What `card.json` will hold, but for the hash of the weights."
     b, kept = tuner.backbone, isinstance(chosen, Head)
-    return {
-        "classes": list(tuner.catalog.classes),
-        "backbone": b.name,
-        "weights": b.weights,
-        "head": "every" if kept and chosen.every_stage else "last",
-        "preprocessing": _preprocessing_of(tuner),
-        "metrics": _metrics(tuner, test),
-        "chosen": "head" if kept else "tuned",
-        "phases": [asdict(p) for p in tuner.done],
-        "seed": tuner.seed,
-        "problems": [asdict(p) for p in tuner.catalog.problems],
-        "notes": tuner.notes,
-        "data": tuner.pixels.key,
-        "versions": _versions(),
-        "seconds": round(time.perf_counter() - tuner.started, 1),
-    }
+    return {"classes": list(tuner.catalog.classes), "backbone": b.name, "weights": b.weights,
+            "head": "every" if kept and chosen.every_stage else "last",
+            "preprocessing": _preprocessing_of(tuner), "metrics": _metrics(tuner, test),
+            "chosen": "head" if kept else "tuned", "phases": [asdict(p) for p in tuner.done],
+            "seed": tuner.seed, "problems": [asdict(p) for p in tuner.catalog.problems], "notes": tuner.notes,
+            "data": tuner.pixels.key, "versions": _versions(),
+            "seconds": round(time.perf_counter() - tuner.started, 1)}
 
 # %% ../../nbs/tools/engine.ipynb #90313bb9
 def _said_of(tuner: TunerState, rows: np.ndarray, logits: torch.Tensor) -> Evaluation:
     "What was said of images `rows`, for the report."
     c = tuner.catalog
-    return Evaluation(
-        tuple(c.classes), [c.files[i] for i in rows], c.labels[rows], logits.float().cpu().numpy()
-    )
+    return Evaluation(tuple(c.classes), [c.files[i] for i in rows], c.labels[rows],
+                      logits.float().cpu().numpy())
 
 # %% ../../nbs/tools/engine.ipynb #38e9ffa0
 def _finish(tuner: TunerState) -> Result:
@@ -211,9 +196,8 @@ def _announce(tuner: TunerState, phases: tuple[Phase, ...], done: int) -> list[f
         return []
     seconds = _seconds(tuner, phases)
     parts = f"{len(tuner.train)} to train on, {len(tuner.val)} for validation, {len(tuner.test)} for the test"
-    names = ", ".join(
-        _name(p) + ("" if p.train == "head" else f" for {p.epochs or 6} epochs") for p in phases
-    )
+    names = ", ".join(_name(p) + ("" if p.train == "head" else f" for {p.epochs or 6} epochs")
+                      for p in phases)
     gone_on = f"; {done} of {len(phases)} phases are done already" if done else ""
     tuner.tell(f"{len(tuner.catalog)} images of {len(tuner.catalog.classes)} classes ({parts}); "
                f"{tuner.backbone.name} at {tuner.size} pixels on {tuner.device}; "
@@ -228,9 +212,8 @@ def _require_phases(tuner: TunerState, phases: tuple) -> None:
         raise SFTError("run: there is no phase; give at least Phase('head').")
     for p in phases:
         if not isinstance(p, Phase):
-            raise SFTError(
-                f"run: {type(p).__name__} is no Phase; give them one by one, as run(Phase('head'), Phase(6))."
-            )
+            raise SFTError(f"run: {type(p).__name__} is no Phase; give them one by one, as "
+                           f"run(Phase('head'), Phase(6)).")
         first_trainable(tuner.backbone, p.train)
 
 # %% ../../nbs/tools/engine.ipynb #acf6786a

@@ -45,10 +45,8 @@ def _twins(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Modul
     try:
         return copy.deepcopy((model, optimizer))
     except Exception as e:
-        raise SFTError(
-            f"rate_curve: the network cannot be copied ({type(e).__name__}: {str(e)[:80]}); try rates by "
-            f"hand."
-        ) from None
+        raise SFTError(f"rate_curve: the network cannot be copied ({type(e).__name__}: {str(e)[:80]}); try "
+                       f"rates by hand.") from None
 
 # %% ../../nbs/tools/finder.ipynb #740f1897
 def _climb(model, train, held, optimizer, order, rates, clip, how) -> Iterator[float]:
@@ -66,20 +64,9 @@ def _climb(model, train, held, optimizer, order, rates, clip, how) -> Iterator[f
         optimizer.step()
 
 # %% ../../nbs/tools/finder.ipynb #dab8f6ba
-def rate_curve(
-    model: nn.Module,
-    train: tuple,
-    held: tuple | None,
-    optimizer: torch.optim.Optimizer,
-    *,
-    low: float = 1e-5,
-    high: float = 1.0,
-    steps: int = 50,
-    batch_size: int = 16,
-    seed: int = 0,
-    clip: float | None = None,
-    **how,
-) -> tuple[np.ndarray, np.ndarray]:
+def rate_curve(model: nn.Module, train: tuple, held: tuple | None, optimizer: torch.optim.Optimizer, *,
+               low: float = 1e-5, high: float = 1.0, steps: int = 50, batch_size: int = 16, seed: int = 0,
+               clip: float | None = None, **how) -> tuple[np.ndarray, np.ndarray]:
     """(rates, losses), each float64 (n,), n ≤ steps: a range test from `low` to `high`, on copies of model
     and optimiser.
 
@@ -90,35 +77,21 @@ def rate_curve(
     nor the random state. Raises `SFTError` when the first loss is not finite. Source: Smith 2015.
     """
     if not 0 < low < high or steps < 10:
-        raise SFTError(
-            f"rate_curve: low = {low}, high = {high}, steps = {steps}; use 0 < low < high and 10 steps or "
-            f"more."
-        )
+        raise SFTError(f"rate_curve: low = {low}, high = {high}, steps = {steps}; use 0 < low < high and 10 "
+                       f"steps or more.")
     if not len(train[1]) or not any(g.get("base", g["lr"]) > 0 for g in optimizer.param_groups):
-        raise SFTError(
-            "rate_curve: there are no pictures, or every rate of the optimiser is 0; give pictures and a "
-            "rate above 0."
-        )
+        raise SFTError("rate_curve: there are no pictures, or every rate of the optimiser is 0; give "
+                       "pictures and a rate above 0.")
     losses, rates = [], np.geomspace(low, high, steps)
     with _random_kept(seed), torch.enable_grad():
         copies = _twins(model, optimizer)
-        for loss in _climb(
-            copies[0],
-            train,
-            held,
-            copies[1],
-            _full_batches(len(train[1]), batch_size, steps, seed),
-            rates,
-            clip,
-            how,
-        ):
+        for loss in _climb(copies[0], train, held, copies[1],
+                           _full_batches(len(train[1]), batch_size, steps, seed), rates, clip, how):
             losses.append(loss)
             if smoothed(losses)[-1] > 4 * smoothed(losses).min(): break
     if not losses:
-        raise SFTError(
-            f"rate_curve: the loss is not finite at the first step, at rate {low:g}; look at pictures, "
-            f"labels and weights."
-        )
+        raise SFTError(f"rate_curve: the loss is not finite at the first step, at rate {low:g}; look at "
+                       f"pictures, labels and weights.")
     return rates[:len(losses)], np.array(losses)
 
 # %% ../../nbs/tools/finder.ipynb #c31db955
@@ -140,11 +113,9 @@ def suggest(rates: np.ndarray, losses: np.ndarray, rule: str = "steepest") -> tu
     y, flat = smoothed(losses), np.asarray(losses)[:max(len(losses) // 4, 3)]
     fall, noise = flat.mean() - y.min(), 4 * flat.std() / 5**.5
     if len(y) < 5 or not fall > max(.05 * flat.mean(), noise):
-        raise SFTError(
-            f"the loss does not fall at any of {len(y)} rates from {rates[0]:.1e} to {rates[-1]:.1e} (it "
-            f"starts at {flat.mean():.2f}); "
-            "judge rates by short runs instead."
-        )
+        raise SFTError(f"the loss does not fall at any of {len(y)} rates from {rates[0]:.1e} to "
+                       f"{rates[-1]:.1e} (it starts at {flat.mean():.2f}); judge rates by short runs "
+                       f"instead.")
     if y.argmin() == len(y) - 1:
         raise SFTError(f"the loss still falls at the largest rate, {rates[-1]:g}; try larger ones.")
     rate, how = RULES[rule](rates, y)

@@ -13,15 +13,8 @@ from torch import nn
 from ..data import random_view, to_input
 from ..backbones import Backbone
 from ..loop import Diverged, batches, copy_state, fit, predict_logits, score
-from sft_course.freezing import (
-    HeadChoice,
-    Recomputed,
-    Rows,
-    activations,
-    choose_head,
-    fit_wide_head,
-    fold_for,
-)
+from ..freezing import (HeadChoice, Recomputed, Rows, activations, choose_head, fit_wide_head,
+                                 fold_for)
 from ..freezing import head_logits, pictures_at_once, split_at, stage_features
 from ..unfreezing import first_trainable, freeze_below, param_groups, training_mode
 from ..schedules import schedule
@@ -33,19 +26,8 @@ def _features(tuner: TunerState, lower: nn.Module, view: int) -> np.ndarray:
     "What the head sees of all images in one view, kept as long as there is room for it."
     everything = np.arange(len(tuner.catalog))
     title = f"{tuner.title}: view {view + 1} of 2"
-    return activations(
-        lower,
-        tuner.backbone,
-        tuner.pixels,
-        tuner.view(view),
-        tuner.size,
-        tuner.cache,
-        everything,
-        tuner.device,
-        title,
-        budget_bytes=tuner.budget,
-        views=2,
-    )
+    return activations(lower, tuner.backbone, tuner.pixels, tuner.view(view), tuner.size, tuner.cache,
+                       everything, tuner.device, title, budget_bytes=tuner.budget, views=2)
 
 # %% ../../nbs/tools/fitting.ipynb #3bab7f0c
 def _decay(choice: HeadChoice, every: bool) -> float:
@@ -77,9 +59,8 @@ class _Seen:
         views = [Rows([f], rows) for f in self.views]
         return choose_head(views, self.last, self.labels[rows], self.classes, seed=seed)
 
-    def fit(
-        self, rows: np.ndarray, every: bool, decay: float, most: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def fit(self, rows: np.ndarray, every: bool, decay: float,
+            most: int) -> tuple[torch.Tensor, torch.Tensor]:
         "(weight, bias) of a head on the last stage, or on every stage, fitted to both views of `rows`."
         x = Rows(self.views, rows, None if every else self.last)
         return fit_wide_head(x, torch.cat([self.labels[rows]] * 2), self.classes, decay, most)
@@ -95,10 +76,8 @@ def _fit_head(tuner: TunerState, phase: Phase) -> dict:
     images, put the one on the last stage on the network; the row of the history."""
     seen = _Seen(tuner)
     if isinstance(seen.views[0], Recomputed):
-        tuner.note(
-            f"neither cache_gigabytes = {tuner.settings.cache_gigabytes} nor memory has room for what the "
-            "head sees; it is computed anew whenever it is needed, which takes long"
-        )
+        tuner.note(f"neither cache_gigabytes = {tuner.settings.cache_gigabytes} nor memory has room for what "
+                   f"the head sees; it is computed anew whenever it is needed, which takes long")
     choice = seen.choice(tuner.train, tuner.seed)
     every = {"last": False, "every": True}.get(phase.looks_at, choice.every_stage)
 
@@ -110,14 +89,8 @@ def _fit_head(tuner: TunerState, phase: Phase) -> dict:
     _set_head(tuner.backbone, on_last)
     returned = fitted(np.concatenate([tuner.train, tuner.val]), every)
     tuner.start = copy_state(tuner.backbone.model)
-    tuner.head = Head(
-        seen.logits(compared, tuner.val),
-        tuner.labels[tuner.val],
-        tuner.start,
-        every,
-        *returned,
-        seen.logits(returned, tuner.test),
-    )
+    tuner.head = Head(seen.logits(compared, tuner.val), tuner.labels[tuner.val], tuner.start, every,
+                      *returned, seen.logits(returned, tuner.test))
     now = tuner.head.score
     before = score(seen.logits(compared, tuner.train), tuner.labels[tuner.train])
     return {"epoch": 1, "train_loss": before.loss, "val_loss": now.loss, "val_accuracy": now.accuracy}
@@ -144,9 +117,8 @@ def _fits(tuner: TunerState, lower: nn.Module, images: int) -> bool:
 # %% ../../nbs/tools/fitting.ipynb #e36ecab0
 Source = Callable[[int], Callable[[np.ndarray], torch.Tensor]]
 
-def _from_cache(
-    tuner: TunerState, phase: Phase, lower: nn.Module, rows: np.ndarray, fixed: tuple[int, ...]
-) -> Source:
+def _from_cache(tuner: TunerState, phase: Phase, lower: nn.Module, rows: np.ndarray,
+                fixed: tuple[int, ...]) -> Source:
     "Batches of activations that are computed once for every view."
     numbers = fixed or range(phase.views)
     kept = [_kept(tuner, lower, rows, number, len(numbers)) for number in numbers]
@@ -168,9 +140,8 @@ def _kept(tuner: TunerState, lower: nn.Module, rows: np.ndarray, number: int, vi
                        tuner.device, title, budget_bytes=tuner.budget, views=views)
 
 # %% ../../nbs/tools/fitting.ipynb #f9f866e9
-def _views(
-    tuner: TunerState, phase: Phase, epoch: int, rows: np.ndarray, fixed: tuple[int, ...]
-) -> np.ndarray:
+def _views(tuner: TunerState, phase: Phase, epoch: int, rows: np.ndarray,
+           fixed: tuple[int, ...]) -> np.ndarray:
     "The same views where nothing is kept; for `views=0` new ones in every epoch."
     if not phase.views and not fixed:
         return random_view(len(tuner.catalog), (tuner.seed, 1000 + epoch))[rows]
@@ -185,9 +156,8 @@ def _as_kept(x: torch.Tensor) -> torch.Tensor:
     return short.to(x.dtype) if short.isfinite().all() else x
 
 # %% ../../nbs/tools/fitting.ipynb #2e435dd9
-def _anew(
-    tuner: TunerState, phase: Phase, lower: nn.Module, rows: np.ndarray, fixed: tuple[int, ...]
-) -> Source:
+def _anew(tuner: TunerState, phase: Phase, lower: nn.Module, rows: np.ndarray,
+          fixed: tuple[int, ...]) -> Source:
     "Batches that the frozen stages, where there are any, compute anew."
     b = tuner.backbone
 

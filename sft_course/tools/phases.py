@@ -54,18 +54,11 @@ def _count(value, low: int) -> bool:
     "Whether `value` is a whole number, `low` or more."
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
-_ALLOWED = {
-    "epochs": lambda v: v is None or _count(v, 1),
-    "lr": lambda v: 0 < v < math.inf,
-    "depth_decay": lambda v: 0 < v <= 1,
-    "schedule": lambda v: v in SCHEDULES,
-    "warmup": lambda v: 0 <= v < 1,
-    "batch_size": lambda v: _count(v, 2),
-    "weight_decay": lambda v: 0 <= v < math.inf,
-    "views": lambda v: _count(v, 0),
-    "label_smoothing": lambda v: 0 <= v < 1,
-    "looks_at": lambda v: v in ("last", "every", "either"),
-}
+_ALLOWED = {"epochs": lambda v: v is None or _count(v, 1), "lr": lambda v: 0 < v < math.inf,
+            "depth_decay": lambda v: 0 < v <= 1, "schedule": lambda v: v in SCHEDULES,
+            "warmup": lambda v: 0 <= v < 1, "batch_size": lambda v: _count(v, 2),
+            "weight_decay": lambda v: 0 <= v < math.inf, "views": lambda v: _count(v, 0),
+            "label_smoothing": lambda v: 0 <= v < 1, "looks_at": lambda v: v in ("last", "every", "either")}
 
 # %% ../../nbs/tools/phases.ipynb #99d875d1
 @dataclass(frozen=True, eq=False)  # tensors have no single truth: a candidate equals itself alone
@@ -124,10 +117,8 @@ def _reason(tuner, chosen: Candidate) -> str:
     if tuner.tuned is None:
         more = "" if _can_gain(tuner) else ", so that no tuned weights could be clearly better"
         return f"the head is returned ({right} of {n} validation images right{more})"
-    counts = (
-        f"of {n} validation images the tuned weights got {int(tuner.tuned.right.sum())} right, the head "
-        f"{int(tuner.head.right.sum())}"
-    )
+    counts = (f"of {n} validation images the tuned weights got {int(tuner.tuned.right.sum())} right, the "
+              f"head {int(tuner.head.right.sum())}")
     if chosen is tuner.head:
         return f"the head is returned: {counts}, which is not clearly more"
     return f"the tuned weights are returned: {counts}"

@@ -23,7 +23,7 @@ from ..core import SFTError, expanded, own_torch_state
 from ..data import decoded_size, images_below, printable, read_picture, why_unreadable
 from ..backbones import Backbone
 from ..freezing import EveryStage
-from ..evaluation import Evaluation, eval_logits
+from .logits import Evaluation, eval_logits
 from .report import report_html
 
 # %% ../../nbs/tools/predict.ipynb #6b32f003
@@ -81,10 +81,8 @@ class Result:
 
     def __repr__(self) -> str:
         m = self.card["metrics"]
-        return (
-            f"Result({m['accuracy']:.3f} accuracy on {m['n_test']} pictures, {len(self.classes)} classes, "
-            f"{self.backbone.name})"
-        )
+        return (f"Result({m['accuracy']:.3f} accuracy on {m['n_test']} pictures, {len(self.classes)} "
+                f"classes, {self.backbone.name})")
 
 # %% ../../nbs/tools/predict.ipynb #7d453e46
 def _path(what: str | os.PathLike) -> Path:
@@ -206,9 +204,8 @@ def predict_stream(self: Result, what: Any, top: int | None = None, *, allow_url
     return _stream(self, given, top, batch_size)
 
 # %% ../../nbs/tools/predict.ipynb #19913f35
-def _stream(
-    result: Result, given: Iterator[tuple[str, Any]], top: int | None, batch_size: int
-) -> Iterator[Prediction]:
+def _stream(result: Result, given: Iterator[tuple[str, Any]], top: int | None,
+            batch_size: int) -> Iterator[Prediction]:
     "See `predict_stream`; `given` are names and sources."
     backbone = replace(result.backbone, model=_evaluating(result.backbone.model))
     size, levels = (result.card["preprocessing"].get(key) for key in ("size", "levels"))
@@ -245,9 +242,8 @@ def _prediction(path: str, probabilities: np.ndarray, classes: list[str], top: i
 
 # %% ../../nbs/tools/predict.ipynb #b94e60d1
 @patch
-def predict(
-    self: Result, what: Any, top: int | None = None, *, allow_url: bool = False
-) -> Prediction | list[Prediction]:
+def predict(self: Result, what: Any, top: int | None = None, *,
+            allow_url: bool = False) -> Prediction | list[Prediction]:
     """The `Prediction` of one image, or a list of them for several.
 
     what: a path, the bytes of an image file, an open file, a PIL image, an array uint8 (h, w), (h, w, 3)

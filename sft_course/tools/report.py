@@ -13,24 +13,24 @@ import numpy as np
 from ..data import plain_view, to_input
 from ..backbones import Backbone
 from .cams import grad_cam, spotlight
+from .logits import Evaluation
+from .charts import center_crop
 from sft_course.evaluation import (
     COOLEST,
     HOTTEST,
-    Evaluation,
-    center_crop,
     confused_pairs,
     confusion,
     ece,
     ece_by_luck,
+    fit_temperature,
 )
-from ..evaluation import fit_temperature, mistakes, per_class, reliability, wilson, with_temperature
+from ..evaluation import mistakes, per_class, reliability, wilson, with_temperature
 
 # %% ../../nbs/tools/report.ipynb #139c6fd9
 def _e(text: Any) -> str:
     "Text made safe for HTML, also where a file name holds what is no character."
-    kept = "".join(
-        c if c.isprintable() or c in "\u200c\u200d" else " " if c.isspace() else "\ufffd" for c in str(text)
-    )
+    kept = "".join(c if c.isprintable() or c in "\u200c\u200d" else " " if c.isspace() else "\ufffd"
+                   for c in str(text))
     return html.escape(kept)
 
 def _name(text: Any) -> str:
@@ -49,10 +49,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -
     "A table of ready HTML in a frame of its own, which scrolls where the screen is narrow."
     def line(tag, cells): return "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
     body = "".join(line("td", r) for r in rows)
-    return (
-        f'<div class="wide {kind}" '
-        f'tabindex="0"><table><thead>{line("th", head)}</thead><tbody>{body}</tbody></table></div>'
-    )
+    return (f'<div class="wide {kind}" '
+            f'tabindex="0"><table><thead>{line("th", head)}</thead><tbody>{body}</tbody></table></div>')
 
 
 def _more(summary: str, inside: str) -> str: return f"<details><summary>{summary}</summary>{inside}</details>"
@@ -116,45 +114,29 @@ def _axes(x_label: str, y_label: str, x_ticks: dict[float, str]) -> str:
     "Lines and words around the unit square; `x_ticks`: place to text."
     def word(x, y, text, more=""): return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{_e(text)}</text>'
 
-    rows = "".join(
-        f'<path d="M{_xy(0, y)} L{_xy(1, y)}" stroke="var(--line)"/>'
-        + word(40, 210 - 190 * y, f"{y:g}", 'text-anchor="end"')
-        for y in (0, 0.25, 0.5, 0.75, 1)
-    )
+    rows = "".join(f'<path d="M{_xy(0, y)} L{_xy(1, y)}" stroke="var(--line)"/>'
+                   + word(40, 210 - 190 * y, f"{y:g}", 'text-anchor="end"') for y in (0, 0.25, 0.5, 0.75, 1))
     marks = "".join(word(46 + 344 * x, 222, text, 'text-anchor="middle"') for x, text in x_ticks.items())
-    return (
-        rows
-        + marks
-        + word(218, 243, x_label, 'text-anchor="middle"')
-        + word(0, 0, y_label, 'text-anchor="middle" transform="translate(11 111) rotate(-90)"')
-    )
+    return (rows + marks + word(218, 243, x_label, 'text-anchor="middle"')
+            + word(0, 0, y_label, 'text-anchor="middle" transform="translate(11 111) rotate(-90)"'))
 
 
 def _drawing(inside: str, alt: str, caption: str) -> str:
-    return (
-        f'<figure><svg viewBox="0 0 400 250" role="img" '
-        f'aria-label="{_e(alt)}">{inside}</svg><figcaption>{caption}</figcaption></figure>'
-    )
+    return (f'<figure><svg viewBox="0 0 400 250" role="img" '
+            f'aria-label="{_e(alt)}">{inside}</svg><figcaption>{caption}</figcaption></figure>')
 
 # %% ../../nbs/tools/report.ipynb #68c425af
 def _reliability_svg(e: Evaluation, colour: str, shift: float = 0.) -> str:
     "The points of a reliability diagram, joined, each with its interval."
     rows = [r for r in reliability(e).itertuples() if r.pictures]
-    whiskers = "".join(
-        f'<path d="M{_xy(r.confidence + shift, r.low)} L{_xy(r.confidence + shift, r.high)}" '
-        f'stroke="{colour}" opacity=".6"/>'
-        for r in rows
-    )
-    dots = "".join(
-        '<circle cx="{}" cy="{}" r="3.5" fill="{}"/>'.format(
-            *_xy(r.confidence + shift, r.accuracy).split(","), colour
-        )
-        for r in rows
-    )
+    whiskers = "".join(f'<path d="M{_xy(r.confidence + shift, r.low)} L{_xy(r.confidence + shift, r.high)}" '
+                       f'stroke="{colour}" opacity=".6"/>' for r in rows)
+    dots = "".join('<circle cx="{}" cy="{}" r="3.5" fill="{}"/>'.format(*_xy(r.confidence + shift,
+                                                                             r.accuracy).split(","), colour)
+                   for r in rows)
     line = " L".join(_xy(r.confidence + shift, r.accuracy) for r in rows)
-    return (
-        whiskers + f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>' * bool(line) + dots
-    )
+    return (whiskers + f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>' * bool(line)
+            + dots)
 
 # %% ../../nbs/tools/report.ipynb #61b5e878
 def _history_svg(history: list[dict]) -> str:
@@ -164,26 +146,16 @@ def _history_svg(history: list[dict]) -> str:
     if not found: return ""
     n, step = max(len(history) - 1, 1), max(1, len(history) // 12)
     line = " L".join(_xy(i / n, a) for i, a, _ in found)
-    dots = "".join(
-        '<circle cx="{}" cy="{}" r="4" fill="{}"/>'.format(
-            *_xy(i / n, a).split(","), "var(--good)" if t == "head" else "var(--main)"
-        )
-        for i, a, t in found
-    )
-    axes = _axes(
-        "epochs of all phases",
-        "accuracy, held-back pictures",
-        {i / n: str(i + 1) for i in range(0, len(history), step)},
-    )
-    alt = (
-        f"Accuracy on held-back pictures goes from {found[0][1]:.2f} to {found[-1][1]:.2f}, at best "
-        f"{max(a for _, a, _ in found):.2f}."
-    )
-    return _drawing(
-        axes + f'<path d="M{line}" fill="none" stroke="var(--soft)"/>' + dots,
-        alt,
-        alt + " Blue: the head alone; orange: with other stages.",
-    )
+    dots = "".join('<circle cx="{}" cy="{}" r="4" fill="{}"/>'.format(*_xy(i / n, a).split(","),
+                                                                      "var(--good)" if t == "head"
+                                                                      else "var(--main)")
+                   for i, a, t in found)
+    axes = _axes("epochs of all phases", "accuracy, held-back pictures",
+                 {i / n: str(i + 1) for i in range(0, len(history), step)})
+    alt = (f"Accuracy on held-back pictures goes from {found[0][1]:.2f} to {found[-1][1]:.2f}, at best "
+           f"{max(a for _, a, _ in found):.2f}.")
+    return _drawing(axes + f'<path d="M{line}" fill="none" stroke="var(--soft)"/>' + dots, alt,
+                    alt + " Blue: the head alone; orange: with other stages.")
 
 # %% ../../nbs/tools/report.ipynb #841f08ea
 def _headline(card: dict, test: Evaluation) -> str:
@@ -196,32 +168,21 @@ def _headline(card: dict, test: Evaluation) -> str:
     compare = f"Always naming the largest class would reach {_share(biggest)}" + (
         f", the linear head on frozen features {_share(head)}." if _number(head) is not None else "."
     )
-    return (
-        f'<p class="big">{_share(test.accuracy)}</p><p>accuracy: {hits} of {n} test '
-        f'{"picture" if n == 1 else "pictures"}. With that many pictures the true share '
-        f'lies between {_share(low)} and {_share(high)} (95 % interval). {compare}</p>'
-    )
+    return (f'<p class="big">{_share(test.accuracy)}</p><p>accuracy: {hits} of {n} test '
+            f'{"picture" if n == 1 else "pictures"}. With that many pictures the true share lies between '
+            f'{_share(low)} and {_share(high)} (95 % interval). {compare}</p>')
 
 # %% ../../nbs/tools/report.ipynb #ec8d94a2
 def _data_part(card: dict, test: Evaluation) -> str:
     "Classes, counts and what was found wrong with the files."
     m, k = card.get("metrics") or {}, len(test.classes)
-    counts = [
-        f"{m[key]} {text}"
-        for key, text in (
-            ("n_train", "to learn from"),
-            ("n_val", "of these held back to choose by"),
-            ("n_test", "to test on"),
-        )
-        if m.get(key) is not None
-    ]
+    counts = [f"{m[key]} {text}" for key, text in (("n_train", "to learn from"),
+                                                   ("n_val", "of these held back to choose by"),
+                                                   ("n_test", "to test on")) if m.get(key) is not None]
     names = ", ".join(_name(c) for c in test.classes)
-    return _part(
-        "Data",
-        f"<p>{', '.join(counts) or f'{len(test)} test pictures'}.</p>",
-        f"<p>{k} classes: {names}.</p>" if k <= 20 else _more(f"{k} classes", f"<p>{names}</p>"),
-        _problems(card.get("problems") or []),
-    )
+    return _part("Data", f"<p>{', '.join(counts) or f'{len(test)} test pictures'}.</p>",
+                 f"<p>{k} classes: {names}.</p>" if k <= 20 else _more(f"{k} classes", f"<p>{names}</p>"),
+                 _problems(card.get("problems") or []))
 
 
 def _problems(problems: list[dict], most: int = 50) -> str:
@@ -236,54 +197,26 @@ def _problems(problems: list[dict], most: int = 50) -> str:
             f"<li>{_e(t)}</li>" for t in found[:most]
         ) + f"<li>… and {len(found) - most} more</li>" * (len(found) > most)
 
-    return "".join(
-        _more(f"{_e(kind)}: {len(found)}", f"<ul>{items(found)}</ul>") for kind, found in kinds.items()
-    )
+    return "".join(_more(f"{_e(kind)}: {len(found)}", f"<ul>{items(found)}</ul>")
+                   for kind, found in kinds.items())
 
 # %% ../../nbs/tools/report.ipynb #c2e2512f
 def _recipe_part(card: dict, history: list[dict]) -> str:
     "What was trained, in which phases, and how it went."
     phases = card.get("phases") or []
-    shown = [
-        key
-        for key in (
-            "train",
-            "epochs",
-            "lr",
-            "depth_decay",
-            "schedule",
-            "batch_size",
-            "weight_decay",
-            "label_smoothing",
-        )
-        if any(key in p for p in phases)
-    ]
-    table = (
-        _table(
-            ["phase", *shown],
-            [
-                [str(i), *("–" if p.get(key) is None or _idle(p, key) else _e(p[key]) for key in shown)]
-                for i, p in enumerate(phases, 1)
-            ],
-        )
-        if phases
-        else ""
-    )
+    shown = [key for key in ("train", "epochs", "lr", "depth_decay", "schedule", "batch_size", "weight_decay",
+                             "label_smoothing") if any(key in p for p in phases)]
+    table = (_table(["phase", *shown], [[str(i), *("–" if p.get(key) is None or _idle(p, key) else _e(p[key])
+                                                   for key in shown)] for i, p in enumerate(phases, 1)])
+             if phases else "")
     size, seconds = (card.get("preprocessing") or {}).get("size"), _number(card.get("seconds"))
-    facts = [
-        f"Backbone {_name(card.get('backbone', 'unknown'))} (weights: "
-        f"{_name(card.get('weights', 'unknown'))})",
-        f"pictures of {_e(size)} pixels" if size else "",
-        f"{seconds:.0f} seconds" if seconds is not None else "",
-        f"chosen on the held-back pictures: {_e(card['chosen'])}" if card.get("chosen") else "",
-    ]
-    return _part(
-        "Recipe",
-        f"<p>{', '.join(f for f in facts if f)}.</p>",
-        table,
-        _history_svg(history),
-        _history_table(history),
-    )
+    facts = [f"Backbone {_name(card.get('backbone', 'unknown'))} (weights: "
+             f"{_name(card.get('weights', 'unknown'))})", f"pictures of {_e(size)} pixels" if size else "",
+             f"{seconds:.0f} seconds" if seconds is not None else "", f"chosen on the held-back pictures: "
+                                                                      f"{_e(card['chosen'])}"
+             if card.get("chosen") else ""]
+    return _part("Recipe", f"<p>{', '.join(f for f in facts if f)}.</p>", table, _history_svg(history),
+                 _history_table(history))
 
 
 def _idle(phase: dict, key: str) -> bool:
@@ -295,92 +228,62 @@ def _history_table(history: list[dict], most: int = 300) -> str:
     keys = list(dict.fromkeys(k for r in history for k in r))
     def show(v): return f"{_number(v):.4g}" if _number(v) is not None else "–" if v in (None, "") else _e(v)
 
-    return _more(
-        "History, a row an epoch",
-        _table([_e(k) for k in keys], [[show(r.get(k, "")) for k in keys] for r in history[:most]]),
-    )
+    return _more("History, a row an epoch", _table([_e(k) for k in keys],
+                                                   [[show(r.get(k, "")) for k in keys]
+                                                    for r in history[:most]]))
 
 # %% ../../nbs/tools/report.ipynb #5466e8c9
 def _classes_part(test: Evaluation, most: int = 20) -> str:
     """Recall and precision of each class with intervals; of many classes the ones found least often, the
     others folded."""
     table = per_class(test).sort_values("recall", kind="stable")
-    rows = [
-        [
-            _name(c),
-            str(r.pictures),
-            _share(r.recall),
-            _bar(r.recall, *r[["recall low", "recall high"]]),
-            _share(r.precision),
-            _bar(r.precision, *r[["precision low", "precision high"]]),
-        ]
-        for c, (_, r) in zip(table.index, table.astype({"pictures": object}).iterrows())
-    ]
+    rows = [[_name(c), str(r.pictures), _share(r.recall), _bar(r.recall, *r[["recall low", "recall high"]]),
+             _share(r.precision), _bar(r.precision, *r[["precision low", "precision high"]])]
+            for c, (_, r) in zip(table.index, table.astype({"pictures": object}).iterrows())]
     head = ["class", "pictures", "recall", "95 % interval", "precision", "95 % interval"]
-    text = (
-        "<p>Recall: how many of the pictures of a class were found. Precision: how many of those taken for "
-        "it are it. – stands for a share of nothing.</p>"
-    )
-    rest = (
-        _more(f"The other {len(rows) - most} classes", _table(head, rows[most:])) if len(rows) > most else ""
-    )
+    text = ("<p>Recall: how many of the pictures of a class were found. Precision: how many of those taken "
+            "for it are it. – stands for a share of nothing.</p>")
+    rest = (_more(f"The other {len(rows) - most} classes", _table(head, rows[most:])) if len(rows) > most
+            else "")
     return _part("Each class", text, _table(head, rows[:most]), rest)
 
 def _bar(share: float, low: float, high: float) -> str:
     "A line from 0 to 1 with the interval as a band and the share as a mark."
     if _number(share) is None: return "no pictures"
-    band = (
-        f'<rect x="{100 * low:.1f}" y="3" width="{100 * (high - low):.1f}" height="6" fill="var(--good)" '
-        f'opacity=".5"/>'
-    )
+    band = (f'<rect x="{100 * low:.1f}" y="3" width="{100 * (high - low):.1f}" height="6" fill="var(--good)" '
+            f'opacity=".5"/>')
     mark = f'<rect x="{98 * share:.1f}" y="0" width="2" height="12" fill="var(--ink)"/>'
-    return (
-        f'<svg class="bar" viewBox="0 0 100 12" preserveAspectRatio="none" role="img" aria-label="{low:.2f} '
-        f'to {high:.2f}"><path d="M0,6 L100,6" stroke="var(--line)"/>{band}{mark}</svg>'
-    )
+    return (f'<svg class="bar" viewBox="0 0 100 12" preserveAspectRatio="none" role="img" '
+            f'aria-label="{low:.2f} to {high:.2f}"><path d="M0,6 L100,6" '
+            f'stroke="var(--line)"/>{band}{mark}</svg>')
 
 # %% ../../nbs/tools/report.ipynb #69a0a1d5
 def _confusion_part(test: Evaluation, most: int = 12) -> str:
     "The confusion table; for many classes the pairs most often confused."
     pairs, k = confused_pairs(test, 15), len(test.classes)
     if not len(pairs): return _part("Confusion", "<p>No test picture was taken for another class.</p>")
-    rows = [
-        [_name(r[0]), f"taken for {_name(r[1])}", str(r[2]), _share(r[3])]
-        for r in pairs.itertuples(index=False, name=None)
-    ]
+    rows = [[_name(r[0]), f"taken for {_name(r[1])}", str(r[2]), _share(r[3])]
+            for r in pairs.itertuples(index=False, name=None)]
     listed = _table(["truth", "", "pictures", "share of that class"], rows)
     if k > most:
-        return _part(
-            "Confusion",
-            f"<p>With {k} classes a full table is hard to read; these are the pairs most often confused.</p>",
-            listed,
-        )
-    return _part(
-        "Confusion",
-        "<p>A row for what the picture is, a column for what the network says.</p>",
-        _matrix(test),
-        _more("The pairs most often confused", listed),
-    )
+        return _part("Confusion", f"<p>With {k} classes a full table is hard to read; these are the pairs "
+                                  f"most often confused.</p>", listed)
+    return _part("Confusion", "<p>A row for what the picture is, a column for what the network says.</p>",
+                 _matrix(test), _more("The pairs most often confused", listed))
 
 
 def _matrix(test: Evaluation) -> str:
     table = confusion(test)
     def cell(i, j):
         part = table[i, j] / max(table[i].sum(), 1)
-        return (
-            f'<td class="{"hit" if i == j else "miss"}" '
-            f'style="--a:{(0.1 + 0.6 * part) * (part > 0):.2f}">{table[i, j] or ""}</td>'
-        )
+        return (f'<td class="{"hit" if i == j else "miss"}" '
+                f'style="--a:{(0.1 + 0.6 * part) * (part > 0):.2f}">{table[i, j] or ""}</td>')
 
     head = "".join(f"<th>{_name(c)}</th>" for c in test.classes)
-    body = "".join(
-        f"<tr><th>{_name(c)}</th>" + "".join(cell(i, j) for j in range(len(table))) + "</tr>"
-        for i, c in enumerate(test.classes)
-    )
-    return (
-        f'<div class="wide matrix" tabindex="0"><table><thead><tr><th>truth ╲ '
-        f'said</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    body = "".join(f"<tr><th>{_name(c)}</th>" + "".join(cell(i, j) for j in range(len(table))) + "</tr>"
+                   for i, c in enumerate(test.classes))
+    return (f'<div class="wide matrix" tabindex="0"><table><thead><tr><th>truth ╲ '
+            f'said</th>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 # %% ../../nbs/tools/report.ipynb #9de6fe22
 def _calibration_part(test: Evaluation, held: Evaluation | None) -> str:
@@ -389,43 +292,27 @@ def _calibration_part(test: Evaluation, held: Evaluation | None) -> str:
     t = fit_temperature(held) if held is not None and len(held) else None
     at_end = t is not None and not 1.01 * COOLEST < t < .99 * HOTTEST
     diagonal = f'<path d="M{_xy(0, 0)} L{_xy(1, 1)}" stroke="var(--soft)" stroke-dasharray="3 4"/>'
-    inside = (
-        _axes("confidence", "accuracy", {x: f"{x:g}" for x in (0, 0.25, 0.5, 0.75, 1)})
-        + diagonal
-        + _reliability_svg(test, "var(--bad)")
-    )
+    inside = (_axes("confidence", "accuracy", {x: f"{x:g}" for x in (0, 0.25, 0.5, 0.75, 1)}) + diagonal
+              + _reliability_svg(test, "var(--bad)"))
     if t and not at_end: inside += _reliability_svg(with_temperature(test, t), "var(--main)", .008)
-    alt = (
-        f"Accuracy against confidence on {len(test)} test pictures; the mean distance from the diagonal is "
-        f"{ece(test):.3f}."
-    )
-    key = (
-        "Pink: as trained"
-        + ("; orange: at that temperature." if t and not at_end else ".")
-        + " Upright lines: 95 % intervals. On the diagonal, confidence is accuracy."
-    )
+    alt = (f"Accuracy against confidence on {len(test)} test pictures; the mean distance from the diagonal "
+           f"is {ece(test):.3f}.")
+    key = ("Pink: as trained" + ("; orange: at that temperature." if t and not at_end else ".")
+           + " Upright lines: 95 % intervals. On the diagonal, confidence is accuracy.")
     return _part("Calibration", _calibration_text(test, held, t, at_end), _drawing(inside, alt, key))
 
 def _calibration_text(test: Evaluation, held: Evaluation | None, t: float | None, at_end: bool) -> str:
     low, high = np.quantile(ece_by_luck(test), (.05, .95))
-    text = (
-        f"<p>Mean confidence {_share(test.confidence.mean())}, accuracy {_share(test.accuracy)}. Expected "
-        f"calibration error {ece(test):.3f}; with {len(test)} pictures, "
-        f"confidences that are true would show {low:.3f} to {high:.3f} by luck alone.</p>"
-    )
+    text = (f"<p>Mean confidence {_share(test.confidence.mean())}, accuracy {_share(test.accuracy)}. "
+            f"Expected calibration error {ece(test):.3f}; with {len(test)} pictures, confidences that are "
+            f"true would show {low:.3f} to {high:.3f} by luck alone.</p>")
     if t is None: return text + "<p>There were no held-back pictures to fit a temperature on.</p>"
     if at_end:
-        return (
-            text
-            + f"<p>No temperature could be fitted on the {len(held)} held-back pictures: they are all right, "
-              f"or too few, or the network has no use for any.</p>"
-        )
-    return (
-        text
-        + f"<p>Logits divided by the temperature {t:.2f}, fitted on {len(held)} held-back pictures, give an "
-          f"error of {ece(with_temperature(test, t)):.3f} "
-          f"here.{' Fitted on so few, it is a rough guess.' * (len(held) < 100)}</p>"
-    )
+        return (text + f"<p>No temperature could be fitted on the {len(held)} held-back pictures: they are "
+                       f"all right, or too few, or the network has no use for any.</p>")
+    return (text + f"<p>Logits divided by the temperature {t:.2f}, fitted on {len(held)} held-back pictures, "
+                   f"give an error of {ece(with_temperature(test, t)):.3f} "
+                   f"here.{' Fitted on so few, it is a rough guess.' * (len(held) < 100)}</p>")
 
 # %% ../../nbs/tools/report.ipynb #43cc4da1
 def _jpeg(x: np.ndarray) -> str:
@@ -443,28 +330,22 @@ def _mistake(e: Evaluation, i: int, said: int, sure: float, shown: np.ndarray, l
     if lit is not None:
         alt = _e(f"the same, grey except where the evidence for {taken} lies")
         images += f'<img alt="{alt}" src="{_jpeg(lit)}">'
-    return (
-        f"<figure>{images}<figcaption>{_name(truth)}, taken for {_name(taken)} with "
-        f"{_share(sure)}<br>{_name(e.paths[i])}</figcaption></figure>"
-    )
+    return (f"<figure>{images}<figcaption>{_name(truth)}, taken for {_name(taken)} with "
+            f"{_share(sure)}<br>{_name(e.paths[i])}</figcaption></figure>")
 
 # %% ../../nbs/tools/report.ipynb #55f628d8
-def _mistakes_part(
-    card: dict, test: Evaluation, backbone: Backbone, pixels: np.ndarray, most: int = 8
-) -> str:
+def _mistakes_part(card: dict, test: Evaluation, backbone: Backbone, pixels: np.ndarray,
+                   most: int = 8) -> str:
     "The mistakes that the network was surest of, each with the places that spoke for the wrong class."
-    rows, size = (
-        mistakes(test, most),
-        min((card.get("preprocessing") or {}).get("size") or backbone.size, pixels.shape[1]),
-    )
+    rows, size = (mistakes(test, most), min((card.get("preprocessing") or {}).get("size") or backbone.size,
+                                            pixels.shape[1]))
     if not len(rows): return _part("Mistakes", "<p>There is none among the test pictures.</p>")
     said, sure, some = test.predictions, test.confidence, np.stack([pixels[i] for i in rows])
     shown = center_crop(some, size)
     try:
-        lit, text = (
-            spotlight(shown, _cams(backbone, some, size, said[rows])),
-            "Right beside each: the picture turns grey where it says nothing for that class (Grad-CAM).",
-        )
+        lit, text = (spotlight(shown, _cams(backbone, some, size, said[rows])),
+                     "Right beside each: the picture turns grey where it says nothing for that class "
+                     "(Grad-CAM).")
     except Exception as e:
         lit, text = (
             [None] * len(rows),
@@ -473,81 +354,51 @@ def _mistakes_part(
         )
     figures = "".join(_mistake(test, i, said[i], sure[i], a, b) for i, a, b in zip(rows, shown, lit))
     total = int((~test.right).sum())
-    return _part(
-        "Mistakes",
-        f"<p>{'The' if len(rows) == total else f'Of {total} mistakes the'} {len(rows)} that the network was "
-        f"surest of. {text}</p>",
-        f'<div class="gallery">{figures}</div>',
-    )
+    return _part("Mistakes", f"<p>{'The' if len(rows) == total else f'Of {total} mistakes the'} {len(rows)} "
+                             f"that the network was surest of. {text}</p>",
+                 f'<div class="gallery">{figures}</div>')
 
 
 def _cams(backbone: Backbone, pixels: np.ndarray, size: int, labels: np.ndarray) -> np.ndarray:
     device = next(backbone.model.parameters()).device
-    x = to_input(
-        pixels, plain_view(len(pixels), size / pixels.shape[1]), size, backbone.mean, backbone.std, device
-    )
+    x = to_input(pixels, plain_view(len(pixels), size / pixels.shape[1]), size, backbone.mean, backbone.std,
+                 device)
     return grad_cam(backbone, x, labels)
 
 # %% ../../nbs/tools/report.ipynb #79704582
 def _use_part() -> str:
     "How to load the artifact and ask it."
-    code = (
-        'from sft_course import load_artifact\n\nresult = '
-        'load_artifact("this/folder")\nresult.predict("picture.jpg").label'
-    )
-    return _part(
-        "Use it",
-        f"<p>Here this/folder stands for the one that <code>fit</code> wrote, with model.safetensors in "
-        f"it.</p><pre>{html.escape(code)}</pre><p>Or from the command line:</p>"
-        "<pre>sft-course predict this/folder picture.jpg</pre>",
-    )
+    code = ('from sft_course import load_artifact\n\nresult = '
+            'load_artifact("this/folder")\nresult.predict("picture.jpg").label')
+    return _part("Use it", f"<p>Here this/folder stands for the one that <code>fit</code> wrote, with "
+                           f"model.safetensors in it.</p><pre>{html.escape(code)}</pre><p>Or from the "
+                           f"command line:</p><pre>sft-course predict this/folder picture.jpg</pre>")
 
 
 def _origin_part(card: dict) -> str:
     "Seed, versions and the key of the data: what it takes to make it again."
     facts = {"seed": card.get("seed"), "data": card.get("data"), **(card.get("versions") or {})}
     look_like = card.get("preprocessing") or {}
-    facts |= {
-        f"preprocessing: {k}": ", ".join(f"{x:g}" for x in v) if isinstance(v, (list, tuple)) else v
-        for k, v in look_like.items()
-    }
-    return _part(
-        "Where it comes from",
-        _table(["what", "value"], [[_e(k), _e(v)] for k, v in facts.items() if v is not None], "words"),
-    )
+    facts |= {f"preprocessing: {k}": ", ".join(f"{x:g}" for x in v) if isinstance(v, (list, tuple)) else v
+              for k, v in look_like.items()}
+    return _part("Where it comes from", _table(["what", "value"],
+                                               [[_e(k), _e(v)] for k, v in facts.items() if v is not None],
+                                               "words"))
 
 # %% ../../nbs/tools/report.ipynb #9420d3e7
-def report_html(
-    card: dict,
-    history: list[dict],
-    test: Evaluation,
-    held: Evaluation | None,
-    backbone: Backbone,
-    pixels: np.ndarray,
-) -> str:
+def report_html(card: dict, history: list[dict], test: Evaluation, held: Evaluation | None,
+                backbone: Backbone, pixels: np.ndarray) -> str:
     """The report of a fine-tuned network: one HTML page that refers to nothing outside itself.
 
     card, history: as in an artifact; test: on the reported pictures, whose `pixels` are uint8 (n, s, s,
     3); held: on the held-back ones.
     """
     title = f"{len(test.classes)} classes, {card.get('backbone', 'a network')}"
-    parts = [
-        _headline(card, test),
-        _data_part(card, test),
-        _recipe_part(card, history),
-        _classes_part(test),
-        _confusion_part(test),
-        _calibration_part(test, held),
-        _mistakes_part(card, test, backbone, pixels),
-        _use_part(),
-        _origin_part(card),
-    ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><link '
-        'rel="icon" href="data:,">'
-        f"<title>Report: {_e(title)}</title><style>{_COLOURS}{_LAYOUT}{_TABLES}{_FIGURES}</style>"
-    )
-    return (
-        f'<!doctype html><html lang="en"><head>{head}</head><body><h1>What was learned: '
-        f'{_e(title)}</h1>{"".join(parts)}</body></html>\n'
-    )
+    parts = [_headline(card, test), _data_part(card, test), _recipe_part(card, history), _classes_part(test),
+             _confusion_part(test), _calibration_part(test, held),
+             _mistakes_part(card, test, backbone, pixels), _use_part(), _origin_part(card)]
+    head = ('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><link '
+            'rel="icon" href="data:,">'
+            f"<title>Report: {_e(title)}</title><style>{_COLOURS}{_LAYOUT}{_TABLES}{_FIGURES}</style>")
+    return (f'<!doctype html><html lang="en"><head>{head}</head><body><h1>What was learned: '
+            f'{_e(title)}</h1>{"".join(parts)}</body></html>\n')

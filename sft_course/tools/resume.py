@@ -63,31 +63,19 @@ def _begin(tuner: TunerState, resume: bool = False) -> None:
 # %% ../../nbs/tools/resume.ipynb #8f21f8a8
 def _so_far(tuner: TunerState, plan: dict) -> dict:
     "All that a phase starts from, but for what can be computed again, as `save_checkpoint` can write it."
-    return {
-        "plan": plan,
-        "done": len(tuner.done),
-        "history": list(tuner.history),
-        "notes": list(tuner.notes),
-        "start": tuner.start,
-        "head": tuner.head and vars(tuner.head),
-        "tuned": tuner.tuned and vars(tuner.tuned),
-    }
+    return {"plan": plan, "done": len(tuner.done), "history": list(tuner.history), "notes": list(tuner.notes),
+            "start": tuner.start, "head": tuner.head and vars(tuner.head),
+            "tuned": tuner.tuned and vars(tuner.tuned)}
 
 # %% ../../nbs/tools/resume.ipynb #sp0plan0
 def _plan(tuner: TunerState, phases: tuple[Phase, ...]) -> dict:
     "What must be the same for a run to go on."
     parts = tuner.train, tuner.val, tuner.test
     labels = hashlib.sha256(tuner.catalog.labels.tobytes() + b"".join(rows.tobytes() for rows in parts))
-    return {
-        "phases": [asdict(p) for p in phases],
-        "backbone": tuner.backbone.name,
-        "weights": tuner.backbone.weights,
-        "size": tuner.size,
-        "seed": tuner.seed,
-        "pictures": tuner.pixels.key,
-        "labels": labels.hexdigest(),
-        "initial weights": weights_key(tuner.backbone.model),
-    }
+    return {"phases": [asdict(p) for p in phases], "backbone": tuner.backbone.name,
+            "weights": tuner.backbone.weights, "size": tuner.size, "seed": tuner.seed,
+            "pictures": tuner.pixels.key, "labels": labels.hexdigest(),
+            "initial weights": weights_key(tuner.backbone.model)}
 
 # %% ../../nbs/tools/resume.ipynb #3f80546f
 def _stored(path: Path) -> tuple[dict, bool]:
@@ -156,10 +144,8 @@ def _ended(tuner: TunerState, phases: tuple[Phase, ...]) -> Result | None:
                        "give what it had, or another folder for a new run.")
     if not tuner.keep_checkpoint:
         checkpoint.unlink(missing_ok=True)  # it was killed after all was done
-    said = (
-        f"{tuner.out}: the run there has ended already, so there is nothing to go on with; this is its "
-        f"artifact"
-    )
+    said = (f"{tuner.out}: the run there has ended already, so there is nothing to go on with; this is its "
+            f"artifact")
     if tuner.say:
         tuner.tell(said)
     else:

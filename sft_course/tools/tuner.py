@@ -22,27 +22,23 @@ from .watchers import _watcher
 from .phases import Phase
 
 # %% ../../nbs/tools/tuner.ipynb #402af6cc
-def _network_for(
-    backbone: str | Backbone | nn.Module, weights: str | Path | None, settings: Settings
-) -> Backbone:
+def _network_for(backbone: str | Backbone | nn.Module, weights: str | Path | None,
+                 settings: Settings) -> Backbone:
     "The network of a run: opened by its name, or a copy of one that is given, which stays as it is."
     if isinstance(backbone, str):
         try:
             return open_backbone(backbone, weights, settings.seed, settings.fit_image_size)
         except SFTError as e:
-            raise (
-                settings.wrong("backbone", str(e).rstrip(".")) if backbone == settings.backbone else e
-            ) from None
+            raise (settings.wrong("backbone", str(e).rstrip(".")) if backbone == settings.backbone
+                   else e) from None
     if not isinstance(backbone, (Backbone, nn.Module)):
-        raise SFTError(
-            f"backbone: this is a {type(backbone).__name__}; give a name, a Backbone, or an nn.Module."
-        )
+        raise SFTError(f"backbone: this is a {type(backbone).__name__}; give a name, a Backbone, or an "
+                       f"nn.Module.")
     own = copy.deepcopy(backbone) if isinstance(backbone, Backbone) else as_backbone(backbone)
     if weights in (None, "pretrained"):  # it comes with its weights
         return own
-    return replace(
-        own, weights=str(weights), loaded=load_weights(own.model, weights, own.stages[-1].modules[-1])
-    )
+    return replace(own, weights=str(weights), loaded=load_weights(own.model, weights,
+                                                                  own.stages[-1].modules[-1]))
 
 # %% ../../nbs/tools/tuner.ipynb #013f87d1
 def _require_parts(catalog: Catalog) -> None:

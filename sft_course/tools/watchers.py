@@ -37,9 +37,8 @@ def _needed(module: str, package: str, watch: str):
     try:
         return import_module(module)
     except ImportError:
-        raise SFTError(
-            f"watch = {watch!r}: the package {package} is not installed; install it, or leave watch out."
-        ) from None
+        raise SFTError(f"watch = {watch!r}: the package {package} is not installed; install it, or leave "
+                       f"watch out.") from None
 
 # %% ../../nbs/tools/watchers.ipynb #c26c012f
 def _scalars(row: dict) -> dict[str, float]:
@@ -85,10 +84,8 @@ class _ToWandb:
             self.run = self.wandb.init(project="sft_course", name=self.name)
         except Exception as e:  # no login, no network: its own errors are many
             reason = " ".join(str(e).split())[:100] or type(e).__name__
-            raise SFTError(
-                f"watch = 'wandb': no run could be begun there ({reason}); see to wandb login, or leave "
-                f"watch out."
-            ) from None
+            raise SFTError(f"watch = 'wandb': no run could be begun there ({reason}); see to wandb login, or "
+                           f"leave watch out.") from None
 
     def __call__(self, row: dict) -> None:
         self.begin()
@@ -108,9 +105,8 @@ def _watcher(watch: Callable[[dict], Any] | str | None, out: Path | None) -> Cal
     if watch is None or callable(watch):
         return watch
     if not isinstance(watch, str) or watch not in _WATCHERS:
-        raise SFTError(
-            f"watch = {watch!r}: use a function of an epoch's row, or one of {', '.join(_WATCHERS)}."
-        )
+        raise SFTError(f"watch = {watch!r}: use a function of an epoch's row, or one of "
+                       f"{', '.join(_WATCHERS)}.")
     if out is None:
         raise SFTError(f"watch = {watch!r}: there is no folder for it; give `out`.")
     return _WATCHERS[watch](out)
