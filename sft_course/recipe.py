@@ -22,9 +22,8 @@ from .loop import score
 from .tools.watchers import _ToCsv, _ToTensorboard, _ToWandb, _watcher
 from .tools.phases import Candidate, Head, _can_gain, _choose, _reason, clearly_better
 from .tools.predict import Prediction
-from .tools.artifact import (ARTIFACT, _table, _value, every_stage, free_name, load_artifact,
-                                       read_card)
-from .tools.artifact import require_free
+from .tools.artifact import ARTIFACT, _table, _value, every_stage, free_name
+from .tools.artifact import load_artifact, read_card, require_free
 from .tools.resume import claimed
 
 # %% ../nbs/09_recipe.ipynb #381027ff
