@@ -20,12 +20,13 @@ from .tools.logits import eval_logits, evaluate
 
 def __getattr__(name):
     "Names of rooms that import this module, when they are asked for."
+    charts = ("captions", "center_crop", "confusion_figure", "gallery_figure", "per_class_figure",
+              "reliability_figure")
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
-    for room in ("charts", "neighbours", "report"):
-        module = import_module(f"sft_course.tools.{room}")
-        if name in vars(module):
-            return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    room = "charts" if name in charts else "neighbours" if name == "nearest" else "report"
+    return getattr(import_module(f"sft_course.tools.{room}"), name)
 
 # %% ../nbs/08_evaluation.ipynb #aef63545
 def wilson(successes, n, level: float = .95):

@@ -91,8 +91,7 @@ def rate_table(name: str, steps: int, bases: Sequence[float], warmup: float = .1
 # %% ../nbs/07_schedules.ipynb #rs070002
 def scheduled_loop(data: PixelCache, lr: float, seed: int = 0, epochs: int = 8,
                    size: int = 96) -> tuple[Backbone, list[dict]]:
-    """Train the upper six stages from the exact head, with warm-up and a cosine: the best epoch's weights,
-    and a row per epoch."""
+    "Train the upper six stages, with warm-up and a cosine: the best epoch's weights, and a row per epoch."
     train = data.catalog.rows("train")
     val = data.catalog.rows("val")
     device = pick_device(load_settings())

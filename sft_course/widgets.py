@@ -452,9 +452,14 @@ class LiveCurve:
         return self.drawing._repr_mimebundle_()
 
 # %% ../nbs/a2_widgets.ipynb #sd000002
+def _below_its_name(f: Callable) -> list[str]:
+    "The lines of a function below its name and the sentence that says what it does: these differ always."
+    import ast
+    text = inspect.getsource(f)
+    sentence = ast.parse(text).body[0].body[0]
+    return text.splitlines()[sentence.end_lineno:]
+
 def show_diff(old: Callable, new: Callable) -> str:
     "The lines that differ between two functions, with their neighbours: minus was, plus is."
-    a, b = (inspect.getsource(f).splitlines() for f in (old, new))
-    start = 2  # the name and the sentence below it differ always
-    lines = list(difflib.unified_diff(a[start:], b[start:], lineterm="", n=1))[2:]
+    lines = list(difflib.unified_diff(_below_its_name(old), _below_its_name(new), lineterm="", n=1))[2:]
     return "\n".join("" if line.startswith("@@") else line for line in lines).strip("\n")
