@@ -74,7 +74,6 @@ def scratch_phase(settings: Settings) -> Phase:
     views every epoch."""
     return Phase("all", epochs=settings.pick(quick=8, full=60), lr=1e-3, views=0, batch_stats=True)
 
-# %% ../nbs/09_recipe.ipynb #3d53f7b0
 def demo(out: str | Path, settings: Settings | None = None) -> tuple[float, Result]:
     """Accuracy of the network trained from scratch, and the `Result` of fine-tuning it, on the data that
     the settings name."""
