@@ -1,6 +1,13 @@
 __version__ = "0.1.0"
 
-_HERE = {"fine_tune": "recipe", "FineTuner": "recipe", "Phase": "recipe", "Result": "recipe", "load_artifact": "recipe", "load_settings": "tools.settings"}
+_HERE = {
+    "fine_tune": "recipe",
+    "FineTuner": "tools.engine",
+    "Phase": "tools.phases",
+    "Result": "tools.predict",
+    "load_artifact": "tools.artifact",
+    "load_settings": "tools.settings",
+}
 __all__ = list(_HERE)
 
 

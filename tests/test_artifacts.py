@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from sft_course import FineTuner, Phase, fine_tune, load_artifact
 from sft_course.tools.settings import SFTError
-from sft_course.recipe import ARTIFACT, _value, every_stage, free_name, require_free
+from sft_course.tools.artifact import ARTIFACT, _value, every_stage, free_name, require_free
 
 HEAD = (Phase("head", looks_at="last"),)
 
@@ -113,17 +113,17 @@ def test_another_model_is_never_replaced(made, folder, tmp_path):
 
 
 def test_a_save_that_was_cut_off_can_be_done_again(made, tmp_path, monkeypatch):
-    import sft_course.recipe as recipe
-    usual = recipe.whole_file
+    import sft_course.tools.artifact as artifact
+    usual = artifact.whole_file
     def full(path):
         if path.name == "report.html":
             raise OSError(28, "No space left on device")
         return usual(path)
     other = load_artifact(made.folder)
-    monkeypatch.setattr(recipe, "whole_file", full)
+    monkeypatch.setattr(artifact, "whole_file", full)
     with pytest.raises(SFTError, match="No space left on device"):
         other.save(tmp_path / "again")
-    monkeypatch.setattr(recipe, "whole_file", usual)
+    monkeypatch.setattr(artifact, "whole_file", usual)
     with pytest.raises(SFTError, match="not an artifact"):
         load_artifact(tmp_path / "again")
     other.save(tmp_path / "again")
@@ -174,18 +174,18 @@ def test_one_tuner_may_run_again_into_its_folder(folder, tmp_path):
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_killed_run_whose_history_is_kept_goes_on_into_its_folder(folder, tmp_path, monkeypatch, rows):
-    import sft_course.recipe as recipe
-    usual = recipe._ToCsv.__call__
+    from sft_course.tools.watchers import _ToCsv
+    usual = _ToCsv.__call__
     def dies(self, row):
         usual(self, row)
         if len(self.rows) == rows:
             raise KeyboardInterrupt
     phases = (Phase(1, epochs=1), Phase(2, epochs=1))
     how = {"out": tmp_path / "out", "size": 64, "weights": None, "phases": phases, "watch": "csv"}
-    monkeypatch.setattr(recipe._ToCsv, "__call__", dies)
+    monkeypatch.setattr(_ToCsv, "__call__", dies)
     with pytest.raises(KeyboardInterrupt):
         fine_tune(folder, **how)
-    monkeypatch.setattr(recipe._ToCsv, "__call__", usual)
+    monkeypatch.setattr(_ToCsv, "__call__", usual)
     assert (tmp_path / "out" / "history.csv").exists()
     assert len(fine_tune(folder, resume=True, **how).history) == 2 == len(load_artifact(tmp_path / "out").history)
 
@@ -257,7 +257,7 @@ def test_rows_are_read_a_batch_at_a_time(made, folder):
     "The same logits, and never more than a batch of the decoded images at once."
     import numpy as np
 
-    from sft_course.evaluation import eval_logits
+    from sft_course.tools.logits import eval_logits
     asked = []
     class Watched:
         def __init__(self, x): self.x, self.shape = x, x.shape

@@ -52,7 +52,7 @@ def test_bundled_weights_know_ants_and_bees(photos):
     from sft_course.data import decoded_size
     from sft_course.tools.decoding import read_picture
     from sft_course.tools.intake import scan
-    from sft_course.evaluation import eval_logits
+    from sft_course.tools.logits import eval_logits
     lite0 = open_backbone("lite0")
     assert lite0.mean == lite0.std == (.5, .5, .5)
     c = scan(photos)

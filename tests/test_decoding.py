@@ -24,7 +24,7 @@ from sft_course.tools.budget import cache_summary, clear_cache, evict, free_memo
 from sft_course.tools.problems import find_leaks, find_problems
 from sft_course.tools.decoding import read_picture
 from sft_course.tools.intake import scan
-from sft_course.schedules import FoundRate
+from sft_course.tools.finder import FoundRate
 from sft_course.tools.catalog import LEFT_OUT
 
 CASES = REPO.parent / "shared" / "cases"

@@ -23,35 +23,15 @@ from sft_course.tools.settings import SFTError
 from sft_course.core import what_moved
 from sft_course.tools.pixels import decode_once
 from sft_course.tools.intake import scan
-from sft_course.evaluation import (
-    COOLEST,
-    HOTTEST,
-    Evaluation,
-    captions,
-    center_crop,
-    confused_pairs,
-    confusion,
-    confusion_figure,
-    ece,
-    ece_by_luck,
-    evaluate,
-    fit_temperature,
-    gallery_figure,
-    grad_cam,
-    mcnemar,
-    mistakes,
-    nearest,
-    needed_pictures,
-    per_class,
-    per_class_figure,
-    reliability,
-    reliability_figure,
-    report_html,
-    with_temperature,
-    spatial_layer,
-    spotlight,
-    wilson,
-)
+from sft_course.evaluation import COOLEST, HOTTEST, confused_pairs, confusion, ece, ece_by_luck
+from sft_course.evaluation import fit_temperature, mcnemar, mistakes, needed_pictures, per_class
+from sft_course.evaluation import reliability, with_temperature, wilson
+from sft_course.tools.logits import Evaluation, evaluate
+from sft_course.tools.charts import captions, center_crop, confusion_figure, gallery_figure
+from sft_course.tools.charts import per_class_figure, reliability_figure
+from sft_course.tools.cams import grad_cam, spatial_layer, spotlight
+from sft_course.tools.neighbours import nearest
+from sft_course.tools.report import report_html
 
 quick = settings(max_examples=40, deadline=None)
 

@@ -13,7 +13,9 @@ from sft_course.tools.opening import open_backbone
 from sft_course.tools.settings import SFTError
 from sft_course.tools.intake import scan
 from sft_course.tools.checkpoints import read_checkpoint
-from sft_course.recipe import Candidate, Head, clearly_better, default_phases, every_stage
+from sft_course.tools.phases import Candidate, Head, clearly_better
+from sft_course.recipe import default_phases
+from sft_course.tools.artifact import every_stage
 
 SMALL = {"size": 48, "weights": None}
 NETWORK = "test_efficientnet"
@@ -59,20 +61,21 @@ def test_the_test_of_signs_is_the_exact_one():
 
 
 def test_the_head_is_in_the_checkpoint_before_anything_is_chosen(hard, tmp_path, monkeypatch):
-    import sft_course.recipe as recipe
+    from sft_course.tools import engine
+    from sft_course.tools import phases as choosing
     phases = HEAD, Phase(2, epochs=1, views=1)
     fine_tune(hard, NETWORK, tmp_path / "whole", phases=phases, **SMALL)
 
     def fails(*_):
         raise OverflowError
-    monkeypatch.setattr(recipe, "clearly_better", fails)
+    monkeypatch.setattr(choosing, "clearly_better", fails)
     with pytest.raises(OverflowError):
         fine_tune(hard, NETWORK, tmp_path / "out", phases=phases, **SMALL)
     monkeypatch.undo()
     more = read_checkpoint(tmp_path / "out" / "last.ckpt")["more"]
     assert more["also"]["done"] == 1 and more["also"]["head"]["weight"].shape[0] == 2
 
-    monkeypatch.setattr(recipe, "_fit_head", fails)  # it must not be fitted again
+    monkeypatch.setattr(engine, "_fit_head", fails)  # it must not be fitted again
     fine_tune(hard, NETWORK, tmp_path / "out", phases=phases, resume=True, **SMALL)
     for name in ("model.safetensors", "history.csv"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -136,10 +139,10 @@ def test_the_head_phase_keeps_no_more_than_the_cache_may_hold(hard, tmp_path):
 
 
 def test_a_size_that_needs_more_than_there_is_memory_for_is_refused_before_it_is_tried(stripes, monkeypatch):
-    import sft_course.recipe as recipe
     import sft_course.tools.budget as budget
+    import sft_course.tools.tuner as tuner
     monkeypatch.setattr(budget, "free_memory", lambda: 10_000_000)
-    monkeypatch.setattr(recipe, "decode_once", lambda *_, **__: pytest.fail("it began to decode"))
+    monkeypatch.setattr(tuner, "decode_once", lambda *_, **__: pytest.fail("it began to decode"))
     with pytest.raises(SFTError, match=r"size = 1024: .* GB of memory, and 0.0 GB are free"):
         FineTuner(stripes, NETWORK, size=1024, weights=None)
 
@@ -203,8 +206,8 @@ def test_copies_between_parts_are_in_the_card(tmp_path):
     ({"backbone": 3}, "give a name, a Backbone, or an nn.Module"),
 ])
 def test_a_value_that_cannot_be_gets_its_sentence_before_any_work(stripes, monkeypatch, given, says):
-    import sft_course.recipe as recipe
-    monkeypatch.setattr(recipe, "_fit_head", lambda *_: pytest.fail("it began to train"))
+    import sft_course.tools.engine as engine
+    monkeypatch.setattr(engine, "_fit_head", lambda *_: pytest.fail("it began to train"))
     with pytest.raises(SFTError) as e:
         fine_tune(stripes, **({"backbone": NETWORK, "size": 64, "weights": None} | given))
     assert says in str(e.value) and "\n" not in str(e.value) and str(e.value).endswith(".")
@@ -282,12 +285,12 @@ def test_the_checkpoint_goes_when_a_run_has_ended_well(hard, tmp_path):
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_run_that_has_ended_is_not_run_again(hard, tmp_path, monkeypatch, keep):
-    import sft_course.recipe as recipe
+    import sft_course.tools.engine as engine
     phases = HEAD, Phase(2, epochs=1, views=1)
     how = {"phases": phases, "keep_checkpoint": keep, **SMALL}
     done = fine_tune(hard, NETWORK, tmp_path / "a", **how)
     weights = (tmp_path / "a" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(recipe, "_run_phase", lambda *_: pytest.fail("it was run again"))
+    monkeypatch.setattr(engine, "_run_phase", lambda *_: pytest.fail("it was run again"))
     with pytest.warns(UserWarning, match="has ended already"):
         again = fine_tune(hard, NETWORK, tmp_path / "a", resume=True, **how)
     assert again.accuracy == done.accuracy and (tmp_path / "a" / "model.safetensors").read_bytes() == weights
@@ -309,7 +312,7 @@ def test_the_command_with_resume_gives_back_what_has_ended(cli, stripes, tmp_pat
 
 
 def test_what_somebody_else_made_is_not_replaced_and_that_is_said_before_training(hard, tmp_path, monkeypatch):
-    import sft_course.recipe as recipe
+    import sft_course.tools.engine as engine
     phases = HEAD, Phase(2, epochs=1, views=1)
     fine_tune(hard, NETWORK, tmp_path / "model", phases=phases, **SMALL)
     (tmp_path / "mine").mkdir()
@@ -317,7 +320,7 @@ def test_what_somebody_else_made_is_not_replaced_and_that_is_said_before_trainin
     (tmp_path / "stopped").mkdir()
     (tmp_path / "stopped" / "last.ckpt").write_bytes(b"of a run that was stopped")
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file() and f.name != ".lock"}
-    monkeypatch.setattr(recipe, "_fit_head", lambda *_: pytest.fail("it began to train"))
+    monkeypatch.setattr(engine, "_fit_head", lambda *_: pytest.fail("it began to train"))
     for name, says in (("model", "would be replaced"), ("mine", "report.html: this is there already"), ("stopped", "an unfinished run lies there")):
         with pytest.raises(SFTError, match=says):
             fine_tune(hard, NETWORK, tmp_path / name, phases=phases, **SMALL)
@@ -358,7 +361,7 @@ def test_every_row_is_given_once_and_again_to_who_comes_after_a_stop(hard, tmp_p
 
 def test_a_table_is_kept_up_to_date(hard, tmp_path):
     lines = []
-    import sft_course.recipe as recipe
+    from sft_course.tools.artifact import _table
     phases = HEAD, Phase(2, epochs=1, views=1)
     tuner = FineTuner(hard, NETWORK, tmp_path / "a", watch="csv", **SMALL)
     write = tuner.watch
@@ -368,7 +371,7 @@ def test_a_table_is_kept_up_to_date(hard, tmp_path):
         lines.append((tmp_path / "a" / "history.csv").read_text().count("\n"))
     tuner.watch = counted
     result = tuner.run(*phases)
-    assert lines == [2, 3] and (tmp_path / "a" / "history.csv").read_text() == recipe._table(result.history)
+    assert lines == [2, 3] and (tmp_path / "a" / "history.csv").read_text() == _table(result.history)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -419,12 +422,12 @@ def test_weights_and_biases_gets_the_rows(hard, tmp_path, monkeypatch):
 
 
 def test_weights_and_biases_that_cannot_begin_ends_the_run_before_training(hard, tmp_path, monkeypatch):
-    import sft_course.recipe as recipe
+    import sft_course.tools.engine as engine
 
     def init(**_):
         raise RuntimeError("api_key not configured")
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    monkeypatch.setattr(recipe, "_fit_head", lambda *_: pytest.fail("it began to train"))
+    monkeypatch.setattr(engine, "_fit_head", lambda *_: pytest.fail("it began to train"))
     with pytest.raises(SFTError, match="no run could be begun there"):
         fine_tune(hard, NETWORK, tmp_path / "a", phases=HEAD, watch="wandb", **SMALL)
 

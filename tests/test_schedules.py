@@ -13,22 +13,10 @@ from torch import nn
 from torch.optim import lr_scheduler as theirs
 
 from sft_course.tools.settings import SFTError
-from sft_course.recipe import Phase
-from sft_course.schedules import (
-    RULES,
-    SCHEDULES,
-    cosine,
-    find_rate,
-    linear,
-    one_cycle,
-    rate_curve,
-    rate_table,
-    schedule,
-    smoothed,
-    step_decay,
-    suggest,
-    warm_up,
-)
+from sft_course.tools.phases import Phase
+from sft_course.tools.finder import RULES, find_rate, rate_curve, smoothed, suggest
+from sft_course.schedules import SCHEDULES, cosine, linear, one_cycle, rate_table, schedule, step_decay
+from sft_course.schedules import warm_up
 
 LENGTHS = [1, 2, 3, 4, 7, 10, 30, 99, 1000]
 quick = settings(max_examples=200, deadline=None)

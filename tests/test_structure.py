@@ -21,7 +21,10 @@ ORDER = [
     "tools.pixels", "tools.copies", "tools.problems",
     "data", "tools.weights", "backbones", "tools.stages", "tools.opening", "tools.costs", "losses", "tools.loss_lab",
     "tools.checkpoints", "tools.steps", "loop", "tools.training",
-    "tools.surgery", "tools.activations", "tools.taps", "tools.heads", "freezing", "unfreezing", "schedules", "evaluation", "recipe",
+    "tools.surgery", "tools.activations", "tools.taps", "tools.heads", "freezing", "unfreezing", "tools.finder", "schedules",
+    "tools.cams", "tools.logits", "evaluation", "tools.charts", "tools.neighbours", "tools.report",
+    "tools.watchers", "tools.phases", "tools.predict", "tools.artifact", "tools.tuner", "tools.fitting", "tools.resume", "tools.engine",
+    "recipe",
     "tools.ladder", "tools.widgets", "tools.exercises", "tools.cli",
 ]
 

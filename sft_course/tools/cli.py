@@ -460,7 +460,7 @@ def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, as_
     is 1 then.
     """
     from sft_course.tools.torch_state import pick_device
-    from sft_course.recipe import load_artifact
+    from sft_course.tools.artifact import load_artifact
     result = load_artifact(_there(artifact), pick_device(load_settings()))
     rows: list[dict] | None = [] if as_json else None
     with _results(as_json) as done:
@@ -540,7 +540,7 @@ def _ask(result, folder: Path, split: str | None, settings) -> _Asked:
     from sft_course.tools.pixels import decode_once
     from sft_course.data import decoded_size
     from sft_course.tools.intake import scan
-    from sft_course.evaluation import evaluate
+    from sft_course.tools.logits import evaluate
     p = result.card["preprocessing"]
     size = decoded_size(p["size"], result.backbone.crop)
     levels = {"levels": tuple(p["levels"])} if p.get("levels") else {}
@@ -567,7 +567,7 @@ def _is_report(head: str) -> bool:
 def _report_on(asked: _Asked) -> str:
     "The HTML report of an artifact on other images: what its card says of the old ones is left out."
     from dataclasses import asdict
-    from sft_course.evaluation import report_html
+    from sft_course.tools.report import report_html
     problems = [asdict(p) for p in asked.pixels.catalog.problems]
     metrics = {"n_test": len(asked.rows)}
     card = asked.result.card | {"metrics": metrics, "data": asked.pixels.key, "problems": problems}
@@ -591,7 +591,7 @@ def evaluate(artifact: Artifact, folder: Folder, report: Report = None, split: S
     an error.
     """
     from sft_course.tools.torch_state import pick_device
-    from sft_course.recipe import load_artifact
+    from sft_course.tools.artifact import load_artifact
     settings = load_settings()
     with _results(as_json) as done:
         result = load_artifact(_there(artifact), pick_device(settings))

@@ -1823,7 +1823,7 @@ def _as_rows(phases: Any) -> list[tuple]:
 _ASKED = [("head", None, 3e-4, 1.0), (3, 4, 3e-4, 1.0), ("all", 4, 1e-4, 0.7)]
 
 def _written(*changes: dict) -> list:
-    from sft_course.recipe import Phase
+    from sft_course.tools.phases import Phase
 
     base = [
         dict(train="head"),

@@ -20,7 +20,7 @@ from .pixels import decode_once, PixelCache
 from ..data import decoded_size, plain_view, to_input
 from ..backbones import Backbone, new_head
 from .opening import open_backbone
-from ..loop import plain_loop, predict_logits, Score, score
+from ..loop import plain_loop, predict_logits, score, Score
 from ..freezing import exact_head, head_loop
 from ..unfreezing import upper_loop
 from ..schedules import scheduled_loop
@@ -51,7 +51,10 @@ LOOPS = {
     "06 upper stages": upper_loop,
     "07 schedule": scheduled_loop,
 }
-RATES = {rung: (.001, .003, .01) for rung in LOOPS} | {"04 plain loop": (.003, .01, .03), "05 exact head": (0.,)}
+RATES = {rung: (0.001, 0.003, 0.01) for rung in LOOPS} | {
+    "04 plain loop": (0.003, 0.01, 0.03),
+    "05 exact head": (0.0,),
+}
 RUNGS = ("04 plain loop", "05 frozen body", "05 exact head", "06 upper stages", "07 schedule", "09 recipe")
 
 def _score_of(net: Backbone, data: PixelCache, part: str, size: int = 96) -> Score:
@@ -63,7 +66,9 @@ def _score_of(net: Backbone, data: PixelCache, part: str, size: int = 96) -> Sco
     def images(at):
         return to_input(data.pixels[rows[at]], view[rows[at]], size, net.mean, net.std, device)
 
-    return score(predict_logits(net.model, images, len(rows)), torch.from_numpy(data.catalog.labels[rows]).to(device))
+    return score(
+        predict_logits(net.model, images, len(rows)), torch.from_numpy(data.catalog.labels[rows]).to(device)
+    )
 
 # %% ../../nbs/tools/ladder.ipynb #ld000012
 def climb(rung: str, data: str, lr: float, seed: int) -> dict[str, float]:
@@ -85,7 +90,11 @@ def climb_recipe(rung: str, data: str, seed: int) -> dict[str, float]:
 
 def _rounded(val_loss: float, val_accuracy: float, test_accuracy: float) -> dict[str, float]:
     "A row of the record."
-    return {"val_loss": round(val_loss, 4), "val_accuracy": round(val_accuracy, 4), "test_accuracy": round(test_accuracy, 4)}
+    return {
+        "val_loss": round(val_loss, 4),
+        "val_accuracy": round(val_accuracy, 4),
+        "test_accuracy": round(test_accuracy, 4),
+    }
 
 # %% ../../nbs/tools/ladder.ipynb #ld000013
 USES = (plain_loop, head_loop, exact_head, upper_loop, scheduled_loop, _score_of, ladder_data)
@@ -101,9 +110,15 @@ def chosen_runs() -> pd.DataFrame:
     return runs.loc[runs.groupby(["rung", "data"]).val_loss.idxmin()]
 
 def ladder_runs() -> pd.DataFrame:
-    "Three recorded runs of each rung on each data set, at the chosen learning rates; a row each, with what was measured."
+    """Three recorded runs of each rung on each data set, at the chosen learning rates; a row each, with what
+    was measured.
+    """
     first = chosen_runs()
-    grid = [{"rung": r.rung, "data": r.data, "lr": r.lr, "seed": seed} for r in first.itertuples() for seed in (1, 2)]
+    grid = [
+        {"rung": r.rung, "data": r.data, "lr": r.lr, "seed": seed}
+        for r in first.itertuples()
+        for seed in (1, 2)
+    ]
     scripts = recorded("ladder", climb, grid, uses=USES)
     whole = [{"rung": "09 recipe", "data": d, "seed": seed} for d in SETS for seed in range(3)]
     recipes = recorded("ladder_recipe", climb_recipe, whole, uses=(default_phases, ladder_data))

@@ -19,7 +19,7 @@ from .torch_state import seeded
 from .checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
 from .steps import Diverged, train_epoch
 from sft_course.loop import (
-    batches, best_epoch, copy_state, epoch_seed, out_of_patience, predict_logits, Score, score,
+    batches, best_epoch, copy_state, epoch_seed, out_of_patience, predict_logits, score, Score,
 )
 
 # %% ../../nbs/tools/training.ipynb #2d651454

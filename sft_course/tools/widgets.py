@@ -22,8 +22,8 @@ from ..backbones import Backbone
 from .costs import stage_costs
 from ..losses import cross_entropy, cross_entropy_gradient, softmax
 from ..schedules import rate_table, SCHEDULES
-from ..evaluation import Evaluation
-from ..recipe import Result
+from .logits import Evaluation
+from .predict import Result
 
 # %% ../../nbs/tools/widgets.ipynb #6ce6f201
 @dataclass(frozen=True)

@@ -9,24 +9,25 @@ of an epoch is measured for the curve only, off the clock. The last point is wha
 from sft_course import fine_tune
 # user code ends
 
-import sft_course.recipe as recipe
+from sft_course.loop import score
+from sft_course.tools.engine import FineTuner
 
 NAME = "sft_course"
 TRAINER = False
 
 
 def run(folder, size, classes, seed, epochs, bench):  # `epochs` is for the peers: the default recipe knows its own
-    init = recipe.FineTuner.__init__
+    init = FineTuner.__init__
     def watched(tuner, *args, **kwargs):
         init(tuner, *args, **kwargs)
         def watch(row):
             if row["train"] == "head":
-                bench.point(recipe.score(tuner.head.test, tuner.labels[tuner.test]).accuracy, "head")
+                bench.point(score(tuner.head.test, tuner.labels[tuner.test]).accuracy, "head")
             else:
                 with bench.evaluation():
                     bench.point(tuner.measure().accuracy)
         tuner.watch = watch
-    recipe.FineTuner.__init__ = watched
+    FineTuner.__init__ = watched
 
     # user code begins
     result = fine_tune(folder, size=size, seed=seed)

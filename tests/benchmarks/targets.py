@@ -21,7 +21,7 @@ def seconds(work):
 
 def tuner_of(folder, size, cache, **settings):
     from sft_course.tools.settings import load_settings
-    from sft_course.recipe import FineTuner
+    from sft_course.tools.engine import FineTuner
     return FineTuner(folder, "lite0", size=size, seed=0, settings=load_settings(cache=str(cache), **settings))
 
 
@@ -38,13 +38,14 @@ def head(folder, size, cache):
     import torch
 
     import sft_course.recipe as recipe
+    import sft_course.tools.tuner as tuner_module
     from sft_course.tools.opening import open_backbone
     from sft_course.tools.pixels import decode_once
-    from sft_course.data import decoded_size, to_input, plain_view
+    from sft_course.data import decoded_size, plain_view, to_input
     from sft_course.tools.intake import scan
     opened = open_backbone("lite0")
     body = open_backbone("lite0").model
-    recipe.open_backbone = lambda *_: opened
+    tuner_module.open_backbone = lambda *_: opened
 
     def ours(place): tuner_of(folder, size, place).run_phase(recipe.Phase("head"))
 
@@ -73,7 +74,8 @@ def head_epoch(folder, size, cache):
     import torch
 
     import sft_course.recipe as recipe
-    passes, fits, step, fit_head = [], [], torch.optim.LBFGS.step, recipe.fit_wide_head
+    import sft_course.tools.fitting as fitting
+    passes, fits, step, fit_head = [], [], torch.optim.LBFGS.step, fitting.fit_wide_head
     def counted(solver, closure):
         out = step(solver, closure)
         passes.append(solver.state[solver._params[0]]["func_evals"])
@@ -84,7 +86,7 @@ def head_epoch(folder, size, cache):
         out = fit_head(*args, **kwargs)
         fits.append((time.perf_counter() - began, sum(passes)))
         return out
-    torch.optim.LBFGS.step, recipe.fit_wide_head = counted, timed
+    torch.optim.LBFGS.step, fitting.fit_wide_head = counted, timed
     tuner_of(folder, size, cache).run_phase(recipe.Phase("head"))
     spent, count = map(sum, zip(*fits, strict=True))
     return {"ours": spent / count, "passes": count, "reference": frozen_epoch(folder, size)}
@@ -123,21 +125,22 @@ def boundary(folder, size, cache, epochs=4):
     activations come from the same folded network and are rounded to fp16, as those of the cache: other views, another order or
     other weights would show. `apart_float`: to the second, which does neither (AdamW makes much of small differences)."""
     import sft_course.recipe as recipe
+    import sft_course.tools.fitting as fitting
     from sft_course.loop import copy_state
     def run(split_at, **settings):
-        ticks, states, split = [], [], recipe.split_at
+        ticks, states, split = [], [], fitting.split_at
         tuner = tuner_of(folder, size, cache, **settings).run_phase(recipe.Phase("head"))
         before = copy_state(tuner.backbone.model)
         def watch(row):
             states.append(copy_state(tuner.backbone.model))
             ticks.append(time.perf_counter())
-        tuner.watch, recipe.split_at = watch, split_at
+        tuner.watch, fitting.split_at = watch, split_at
         try:
             tuner.run_phase(replace(upper_phase(), epochs=epochs))
         finally:
-            recipe.split_at = split
+            fitting.split_at = split
         return median(b - a for a, b in zip(ticks, ticks[1:], strict=False)), before, states[-1]
-    plain = recipe.split_at
+    plain = fitting.split_at
     def rounding(*args):
         lower, upper = plain(*args)
         return rounded(lower, size), upper
@@ -220,11 +223,12 @@ def _memory_of(folder, size, cache, share):
     import numpy as np
 
     import sft_course.recipe as recipe
+    import sft_course.tools.tuner as tuner_module
     from sft_course.tools.opening import open_backbone
     from sft_course.tools.settings import load_settings
     from sft_course.tools.intake import scan
     opened = open_backbone("lite0")
-    recipe.open_backbone = lambda *_: opened
+    tuner_module.open_backbone = lambda *_: opened
     catalog = scan(folder)
     keep = np.zeros(len(catalog), bool)
     for group in {(c, p) for c, p in zip(catalog.labels.tolist(), catalog.part.tolist(), strict=True)}:

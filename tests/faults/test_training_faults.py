@@ -13,7 +13,7 @@ from forks import litter, made, used
 
 from sft_course.tools.settings import SFTError
 from sft_course.tools.checkpoints import read_checkpoint
-from sft_course.recipe import load_artifact
+from sft_course.tools.artifact import load_artifact
 
 
 def sentence(text):
