@@ -23,8 +23,7 @@ from .freezing import exact_head
 
 # %% ../nbs/06_unfreezing.ipynb #1a6b2fdb
 def first_trainable(backbone: Backbone, train: int | str) -> int:
-    """Index of the first stage that trains if `train` is `head`, `all` or a count from the top; else
-    `SFTError`."""
+    "Index of the first stage that trains: `train` is `head`, `all` or a count from the top; else `SFTError`."
     n = len(backbone.stages)
     count = {"head": 1, "all": n}.get(train, train)
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= n:
@@ -34,8 +33,7 @@ def first_trainable(backbone: Backbone, train: int | str) -> int:
 
 # %% ../nbs/06_unfreezing.ipynb #f1de5bf4
 def freeze_below(backbone: Backbone, stage: int) -> None:
-    """Stages from index `stage` on get gradients, those below none. (Batch norms need `training_mode` as
-    well.)"""
+    "Stages from index `stage` on get gradients, those below none. (Batch norms need `training_mode`, too.)"
     params = dict(backbone.model.named_parameters())
     for i, s in enumerate(backbone.stages):
         for name in s.parameters:
@@ -46,8 +44,7 @@ def freeze_below(backbone: Backbone, stage: int) -> None:
 def training_mode(backbone: Backbone, stage: int, batch_stats: bool) -> None:
     """Training mode for stages from index `stage` on, evaluation mode below, in place of `model.train()`.
 
-    batch_stats: whether batch norms that train use, and update, the statistics of batches; never below
-    `stage`.
+    batch_stats: whether batch norms that train use and update the statistics of batches; never below `stage`.
     """
     backbone.model.eval()
     for s in backbone.stages[stage:]:
@@ -122,8 +119,7 @@ def training_costs(backbone: Backbone, size: int, batch: int = 1) -> list[dict[s
 def feature_drift(before: torch.Tensor, after: torch.Tensor) -> float:
     """How far features (n, d) of the same n images moved, against how far those images lay apart before.
 
-    0 where nothing moved, 1 where features moved as far as they lay from their mean. Raises `SFTError` where
-    the two are not of one shape, or all images had the same features.
+    0: nothing moved; 1: they moved as far as they lay from their mean. Raises `SFTError` where that is undefined.
     """
     if before.shape != after.shape:
         raise SFTError(f"feature_drift: {tuple(before.shape)} against {tuple(after.shape)}; give the same "
