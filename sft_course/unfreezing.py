@@ -119,7 +119,7 @@ def training_costs(backbone: Backbone, size: int, batch: int = 1) -> list[dict[s
 def feature_drift(before: torch.Tensor, after: torch.Tensor) -> float:
     """How far features (n, d) of the same n images moved, against how far those images lay apart before.
 
-    0: nothing moved; 1: they moved as far as they lay from their mean. Raises `SFTError` where that is undefined.
+    0: nothing moved; 1: as far as they lay from their mean. Raises `SFTError` where that is undefined.
     """
     if before.shape != after.shape:
         raise SFTError(f"feature_drift: {tuple(before.shape)} against {tuple(after.shape)}; give the same "

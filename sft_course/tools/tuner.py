@@ -36,8 +36,9 @@ def _network_for(backbone: str | Backbone | nn.Module, weights: str | Path | Non
         try:
             return open_backbone(backbone, weights, settings.seed, settings.fit_image_size)
         except SFTError as e:
-            raise (settings.wrong("backbone", str(e).rstrip(".")) if backbone == settings.backbone
-                   else e) from None
+            if backbone != settings.backbone or str(e).startswith("weights"):
+                raise
+            raise settings.wrong("backbone", str(e).rstrip(".")) from None
     if not isinstance(backbone, (Backbone, nn.Module)):
         raise SFTError(f"backbone: this is a {type(backbone).__name__}; give a name, a Backbone, or an "
                        f"nn.Module.")
