@@ -276,7 +276,7 @@ def test_rows_are_read_a_batch_at_a_time(made, folder):
 def test_every_text_file_is_read_and_written_in_utf8():
     "Whatever the locale: no `open` in text mode, `read_text` or `write_text` without an encoding."
     found = []
-    for file in sorted((REPO / "sft_course").glob("*.py")):
+    for file in sorted((REPO / "sft_course").rglob("*.py")):
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and _is_text(call) and not _says_encoding(call):
                 found.append(f"{file.name}:{call.lineno}")

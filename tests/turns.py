@@ -18,7 +18,7 @@ def commit() -> str:
         command = ["git", "rev-parse", "HEAD"]
         return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        chapters = sorted((here.parent / "nbs").glob("*.ipynb"))
+        chapters = sorted((here.parent / "nbs").rglob("*.ipynb"))
         return hashlib.sha256(b"".join(path.read_bytes() for path in chapters)).hexdigest()
 
 

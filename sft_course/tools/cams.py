@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from .settings import SFTError
 from ..backbones import Backbone
+from .stages import evaluation_mode
 
 # %% ../../nbs/tools/cams.ipynb #18e7b559
 def _grid(out: Any, batch: int, widest: int) -> torch.Tensor | None:
@@ -35,14 +36,11 @@ def _grid(out: Any, batch: int, widest: int) -> torch.Tensor | None:
 def _evaluating(model: nn.Module, hooks: dict[str, Any]):
     """Evaluation mode, gradients on, and a forward hook on each named module; afterwards everything is as
     it was."""
-    modes, names = [(m, m.training) for m in model.modules()], dict(model.named_modules())
-    handles = [names[n].register_forward_hook(h) for n, h in hooks.items()]
-    model.eval()
+    handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
     try:
-        with torch.enable_grad(): yield
+        with evaluation_mode(model), torch.enable_grad(): yield
     finally:
         for h in handles: h.remove()
-        for m, was in modes: m.training = was
 
 # %% ../../nbs/tools/cams.ipynb #a77a52d1
 def spatial_layer(model: nn.Module, x: torch.Tensor, label: int) -> str:

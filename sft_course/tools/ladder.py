@@ -125,6 +125,10 @@ def ladder_runs() -> pd.DataFrame:
     return pd.concat([first, scripts, recipes], ignore_index=True)
 
 # %% ../../nbs/tools/ladder.ipynb #ld000016
+def _rungs(up_to: str) -> list[str]:
+    "The rungs of the chapters up to `up_to`."
+    return [rung for rung in RUNGS if rung[:2] <= up_to]
+
 def ladder(up_to: str = "09") -> pd.DataFrame:
     "Test accuracy of each rung up to chapter `up_to`, by data set: the mean of three seeds and their range."
     by = ladder_runs().groupby(["rung", "data"]).test_accuracy
@@ -133,7 +137,7 @@ def ladder(up_to: str = "09") -> pd.DataFrame:
         values = by.get_group((rung, data))
         return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
 
-    rungs = [r for r in RUNGS if r[:2] <= up_to]
+    rungs = _rungs(up_to)
     return pd.DataFrame({d: [cell(r, d) for r in rungs] for d in SETS}, index=pd.Index(rungs, name="rung"))
 
 # %% ../../nbs/tools/ladder.ipynb #ldx00001
@@ -153,7 +157,7 @@ def draw_ladder(up_to: str = "09"):
     import matplotlib.pyplot as plt
     style()
     runs = ladder_runs()
-    rungs = [r for r in RUNGS if r[:2] <= up_to]
+    rungs = _rungs(up_to)
     fig, axes = plt.subplots(1, len(SETS), figsize=(11, .8 + .45 * len(rungs)), sharey=True)
     for ax, name in zip(axes, SETS):
         for y, rung in enumerate(rungs):

@@ -8,14 +8,14 @@ __all__ = ['GREEN', 'ORANGE', 'GREY', 'REACH', 'FROZEN', 'TRAINED', 'ORDERS', 'D
            'upload_widget', 'draw_history', 'LiveCurve', 'show_diff']
 
 # %% ../../nbs/tools/widgets.ipynb #209de5be
-import base64, difflib, html, inspect, math
+import ast, base64, difflib, html, inspect, math, textwrap
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from typing import Any, Callable, Sequence
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from .figures import kernel_runs, PALETTE
 from .settings import SFTError
 from ..backbones import Backbone
@@ -636,21 +636,13 @@ def _browse_controls(classes: Sequence[str]) -> list:
 # %% ../../nbs/tools/widgets.ipynb #wux00001
 def _named(result: Result, content: bytes) -> str:
     "The image in `content` and what `result` says it is, as HTML; a sentence where it is no image."
-    import base64
-    from PIL import Image, ImageOps
-
     try:
         with Image.open(BytesIO(content)) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
         said = result.predict(image)
     except (OSError, ValueError, Image.DecompressionBombError) as e:
         return f"<p>This file cannot be read as an image ({_clean(str(e)[:120])}).</p>"
-    image.thumbnail((224, 224))
-    small = BytesIO()
-    image.save(small, "JPEG", quality=85)
-    shown = (
-        f'<img alt="your image" src="data:image/jpeg;base64,{base64.b64encode(small.getvalue()).decode()}">'
-    )
+    shown = f'<img alt="your image" src="{_thumbnail(np.asarray(image), 224)}">'
     return f'{shown}<p role="status">{_clean(said.label)}: {said.probability:.0%}</p>'
 
 # %% ../../nbs/tools/widgets.ipynb #wux00002
@@ -799,9 +791,6 @@ class LiveCurve:
 # %% ../../nbs/tools/widgets.ipynb #sd000002
 def _statements(function: Callable) -> list[str]:
     "The lines of a function below its signature and docstring."
-    import ast
-    import textwrap
-
     source = textwrap.dedent(inspect.getsource(function))
     node = ast.parse(source).body[0]
     first = node.body[1 if ast.get_docstring(node) else 0]

@@ -38,7 +38,7 @@ def code_key(*files):
 
 def codes():
     "The hash of the code behind every peer and target."
-    ours, shared = sorted((REPO / "sft_course").glob("*.py")), HERE / "harness.py"
+    ours, shared = sorted((REPO / "sft_course").rglob("*.py")), HERE / "harness.py"
     found = {p: code_key(HERE / f"peer_{p}.py", shared, *(ours if p == "sft" else [])) for p in report.ORDER}
     return found | {t: code_key(HERE / "targets.py", shared, *ours) for t in report.TARGETS}
 
