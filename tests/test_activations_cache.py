@@ -10,16 +10,16 @@ import timm
 import torch
 from torch import fx, nn
 
-from sft_course.tools.opening import open_backbone
-from sft_course.tools.settings import SFTError
-from sft_course.tools.pixels import decode_once
 from sft_course.data import plain_view
-from sft_course.tools.intake import scan
+from sft_course.tools import activations as cache_module
 from sft_course.tools.activations import Recomputed, activations, lower_code, weights_key
 from sft_course.tools.heads import Rows, fit_head
+from sft_course.tools.intake import scan
+from sft_course.tools.opening import open_backbone
+from sft_course.tools.pixels import decode_once
+from sft_course.tools.settings import SFTError
 from sft_course.tools.surgery import split_at
 from sft_course.tools.taps import stage_features
-from sft_course.tools import activations as cache_module
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from conftest import REPO, draw
 from safetensors.torch import load_file
 
 from sft_course import FineTuner, Phase, fine_tune, load_artifact
-from sft_course.tools.settings import SFTError
 from sft_course.tools.artifact import ARTIFACT, _value, every_stage, free_name, require_free
+from sft_course.tools.settings import SFTError
 
 HEAD = (Phase("head", looks_at="last"),)
 

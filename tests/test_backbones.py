@@ -3,13 +3,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sft_course.tools.costs import stage_costs
-from sft_course.tools.stages import cut_into_stages
-from sft_course.tools.weights import load_weights
 from sft_course.backbones import new_head
+from sft_course.tools.costs import stage_costs
 from sft_course.tools.opening import open_backbone
 from sft_course.tools.settings import SFTError
+from sft_course.tools.stages import cut_into_stages
 from sft_course.tools.surgery import split_at
+from sft_course.tools.weights import load_weights
 
 FAMILIES = ["lite0", "resnet18", "efficientnet_b0", "mobilenet_v3_small", "convnext_tiny", "vit_b_16", "swin_t", "densenet121", "regnet_y_400mf",
             "vit_tiny_patch16_224", "convnext_atto", "regnety_002"]

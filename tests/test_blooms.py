@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sft_course.tools.settings import DOMAINS
 from sft_course.tools.blooms import SPECIES, blooms_folder, draw_bloom, write_blooms
+from sft_course.tools.settings import DOMAINS
 
 
 def test_six_species_of_form_and_three_domains():

@@ -141,8 +141,8 @@ class Told(Exception):
 @pytest.fixture
 def asked(monkeypatch, stripes):
     "What `fine_tune` would have been called with: asked(*args)."
-    import sft_course.tools.cli as cli
     import sft_course.recipe as recipe
+    import sft_course.tools.cli as cli
     monkeypatch.chdir(stripes.parent)
     monkeypatch.setattr(cli, "_few_threads", lambda *_: None)
 
@@ -219,8 +219,8 @@ def test_files_of_a_person_that_are_called_as_ours_are_kept(cli, stripes, tmp_pa
 
 
 def test_artifacts_are_named_and_placed_where_nothing_lies_and_never_in_the_data(tmp_path, monkeypatch):
-    from sft_course.tools.settings import SFTError
     from sft_course.tools.cli import _artifact, _free, _outside
+    from sft_course.tools.settings import SFTError
     monkeypatch.chdir(tmp_path)
     data = draw(tmp_path / "images" / "v1.2", n=1)
 

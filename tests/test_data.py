@@ -9,14 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from sft_course.tools.settings import SFTError
+from sft_course.data import channel_stats, color_jitter, decoded_size, plain_view, random_colour, random_view, rotate, to_input
 from sft_course.tools.copies import bits_apart, close_hashes, difference_hash
-from sft_course.data import channel_stats, decoded_size, to_input, plain_view, random_colour, random_view
-from sft_course.data import color_jitter, rotate
+from sft_course.tools.decoding import read_picture
+from sft_course.tools.intake import hold_back, scan
 from sft_course.tools.pixels import decode_once
 from sft_course.tools.problems import describe, find_problems
-from sft_course.tools.intake import hold_back, scan
-from sft_course.tools.decoding import read_picture
+from sft_course.tools.settings import SFTError
 
 
 def test_three_parts_of_a_folder_without_splits(stripes):

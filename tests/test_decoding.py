@@ -17,15 +17,14 @@ from PIL import Image, ImageFile
 import sft_course.tools.decoding as decoding_tool
 import sft_course.tools.pixels as pixels_tool
 import sft_course.tools.problems as problems_tool
-from sft_course.tools.settings import SFTError
-from sft_course.tools.catalog import Catalog
-from sft_course.tools.pixels import PixelCache, decode_once
 from sft_course.tools.budget import cache_summary, clear_cache, evict, free_memory, require_memory
-from sft_course.tools.problems import find_leaks, find_problems
+from sft_course.tools.catalog import LEFT_OUT, Catalog
 from sft_course.tools.decoding import read_picture
-from sft_course.tools.intake import scan
 from sft_course.tools.finder import FoundRate
-from sft_course.tools.catalog import LEFT_OUT
+from sft_course.tools.intake import scan
+from sft_course.tools.pixels import PixelCache, decode_once
+from sft_course.tools.problems import find_leaks, find_problems
+from sft_course.tools.settings import SFTError
 
 CASES = REPO.parent / "shared" / "cases"
 

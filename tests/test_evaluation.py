@@ -18,20 +18,32 @@ from torch import nn
 from torchmetrics.classification import MulticlassCalibrationError
 
 from sft_course.backbones import new_head
-from sft_course.tools.opening import open_backbone
-from sft_course.tools.settings import SFTError
 from sft_course.core import what_moved
-from sft_course.tools.pixels import decode_once
-from sft_course.tools.intake import scan
-from sft_course.evaluation import COOLEST, HOTTEST, confused_pairs, confusion, ece, ece_by_luck
-from sft_course.evaluation import fit_temperature, mcnemar, mistakes, needed_pictures, per_class
-from sft_course.evaluation import reliability, with_temperature, wilson
-from sft_course.tools.logits import Evaluation, evaluate
-from sft_course.tools.charts import captions, center_crop, confusion_figure, gallery_figure
-from sft_course.tools.charts import per_class_figure, reliability_figure
+from sft_course.evaluation import (
+    COOLEST,
+    HOTTEST,
+    confused_pairs,
+    confusion,
+    ece,
+    ece_by_luck,
+    fit_temperature,
+    mcnemar,
+    mistakes,
+    needed_pictures,
+    per_class,
+    reliability,
+    wilson,
+    with_temperature,
+)
 from sft_course.tools.cams import grad_cam, spatial_layer, spotlight
+from sft_course.tools.charts import captions, center_crop, confusion_figure, gallery_figure, per_class_figure, reliability_figure
+from sft_course.tools.intake import scan
+from sft_course.tools.logits import Evaluation, evaluate
 from sft_course.tools.neighbours import nearest
+from sft_course.tools.opening import open_backbone
+from sft_course.tools.pixels import decode_once
 from sft_course.tools.report import report_html
+from sft_course.tools.settings import SFTError
 
 quick = settings(max_examples=40, deadline=None)
 

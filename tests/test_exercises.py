@@ -51,6 +51,7 @@ def test_solution_passes(name):
     "Pasted over the blank, as a reader would do it."
     import numpy as np
     import torch
+
     import sft_course.tools.exercises as helpers
     assert BLANK.search(ASKED[name]), ASKED[name]
     said = []

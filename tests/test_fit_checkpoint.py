@@ -3,10 +3,10 @@ import pytest
 import torch
 from torch import nn
 
+from sft_course.tools.checkpoints import read_checkpoint, save_checkpoint
 from sft_course.tools.settings import SFTError
 from sft_course.tools.torch_state import seeded
 from sft_course.tools.training import fit
-from sft_course.tools.checkpoints import read_checkpoint, save_checkpoint
 
 
 def small():

@@ -12,20 +12,20 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from sft_course.backbones import new_head
-from sft_course.tools.opening import open_backbone
-from sft_course.tools.settings import SFTError
 from sft_course.core import what_moved
-from sft_course.tools.pixels import decode_once
 from sft_course.data import plain_view
-from sft_course.tools.intake import scan
-from sft_course.tools.taps import EveryStage, stage_features
-from sft_course.tools.activations import activations, lower_code, weights_key
-from sft_course.tools.heads import choose_head, fit_head
-from sft_course.tools.surgery import fold_batch_norms, split_at
 from sft_course.loop import copy_state
-from sft_course.tools.steps import train_epoch
 from sft_course.tools import activations as cache_module
 from sft_course.tools import heads
+from sft_course.tools.activations import activations, lower_code, weights_key
+from sft_course.tools.heads import choose_head, fit_head
+from sft_course.tools.intake import scan
+from sft_course.tools.opening import open_backbone
+from sft_course.tools.pixels import decode_once
+from sft_course.tools.settings import SFTError
+from sft_course.tools.steps import train_epoch
+from sft_course.tools.surgery import fold_batch_norms, split_at
+from sft_course.tools.taps import EveryStage, stage_features
 
 NATIVE = ("vit_tiny_patch16_224",)  # takes no other size
 FAMILIES = ["lite0", "resnet18", "efficientnet_b0", "mobilenet_v3_small", "convnext_atto", "vit_tiny_patch16_224", "swin_t", "densenet121",

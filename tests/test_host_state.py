@@ -4,8 +4,8 @@ import threading
 import pytest
 import torch
 
-from sft_course.tools.torch_state import own_torch_state
 from sft_course.tools.files import whole_file
+from sft_course.tools.torch_state import own_torch_state
 
 
 def state():

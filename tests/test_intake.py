@@ -11,12 +11,12 @@ from conftest import REPO, draw
 from PIL import Image
 
 import sft_course.tools.problems as problems_tool
-from sft_course.tools.settings import SFTError
-from sft_course.tools.folders import FORMATS, PICTURES, add_formats, split_named
 from sft_course.tools.catalog import Catalog, require_parts, require_test
+from sft_course.tools.folders import FORMATS, PICTURES, add_formats, split_named
+from sft_course.tools.intake import scan
 from sft_course.tools.pixels import decode_once
 from sft_course.tools.problems import find_problems, leaks_between_parts
-from sft_course.tools.intake import scan
+from sft_course.tools.settings import SFTError
 
 CASES = REPO.parent / "shared" / "cases"
 

@@ -12,13 +12,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from sft_course.tools.settings import SFTError
 from sft_course.core import what_moved
-from sft_course.tools.steps import add_gradients, average_weights, native_bfloat16, train_epoch
-from sft_course.loop import batches, best_epoch, copy_state, epoch_seed, out_of_patience, predict_logits
-from sft_course.loop import score
-from sft_course.tools.training import fit
+from sft_course.loop import batches, best_epoch, copy_state, epoch_seed, out_of_patience, predict_logits, score
 from sft_course.tools.checkpoints import load_checkpoint, save_checkpoint, state_by_name
+from sft_course.tools.settings import SFTError
+from sft_course.tools.steps import add_gradients, average_weights, native_bfloat16, train_epoch
+from sft_course.tools.training import fit
 
 quick = settings(max_examples=40, deadline=None)
 

@@ -11,7 +11,6 @@ from torchmetrics.functional import mean_squared_error
 from torchmetrics.functional.text import perplexity
 from torchvision.ops import sigmoid_focal_loss
 
-from sft_course.tools.settings import SFTError
 from sft_course.losses import (
     class_weights,
     cross_entropy,
@@ -22,6 +21,7 @@ from sft_course.losses import (
     squared_error,
 )
 from sft_course.tools.loss_lab import focal_loss, interpolate, mix
+from sft_course.tools.settings import SFTError
 
 quick = settings(max_examples=60, deadline=None)
 

@@ -10,11 +10,11 @@ import torchvision
 from conftest import draw
 from PIL import Image
 
-from sft_course.tools.settings import SFTError
-from sft_course.tools.pixels import decode_once
-from sft_course.tools.given import open_data
 from sft_course.tools.decoding import read_picture
+from sft_course.tools.given import open_data
 from sft_course.tools.intake import scan
+from sft_course.tools.pixels import decode_once
+from sft_course.tools.settings import SFTError
 
 
 def noise(n, *shape, seed=0):

@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sft_course import backbones
+from sft_course.backbones import new_head
 from sft_course.tools.costs import stage_costs
 from sft_course.tools.opening import as_backbone, fitting_size, open_backbone
+from sft_course.tools.settings import SFTError
 from sft_course.tools.stages import cut_into_stages
 from sft_course.tools.weights import load_weights
-from sft_course.backbones import new_head
-from sft_course.tools.settings import SFTError
 
 KIND = "resnet10t"
 HALF = (.5, .5, .5)

@@ -16,8 +16,8 @@ from conftest import REPO, draw
 from PIL import Image
 
 from sft_course import FineTuner, Phase, fine_tune, load_artifact
-from sft_course.tools.settings import SFTError
 from sft_course.tools.predict import Prediction
+from sft_course.tools.settings import SFTError
 
 CASES = REPO.parent / "shared" / "cases"
 HEAD = (Phase("head", looks_at="last"),)

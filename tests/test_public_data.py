@@ -10,9 +10,9 @@ from PIL import Image
 from torchvision.datasets import Flowers102, OxfordIIITPet
 
 from sft_course.tools import datasets
-from sft_course.tools.settings import SFTError, load_settings
 from sft_course.tools.datasets import open_dataset
 from sft_course.tools.intake import scan
+from sft_course.tools.settings import SFTError, load_settings
 
 
 @pytest.fixture(autouse=True)

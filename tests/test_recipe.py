@@ -7,11 +7,11 @@ import torch
 from conftest import draw
 
 from sft_course import FineTuner, Phase, fine_tune, load_artifact, load_settings
-from sft_course.tools.settings import SFTError
 from sft_course.core import what_moved
-from sft_course.tools.resume import claimed
-from sft_course.tools.phases import clearly_better
 from sft_course.recipe import scratch_phase
+from sft_course.tools.phases import clearly_better
+from sft_course.tools.resume import claimed
+from sft_course.tools.settings import SFTError
 
 SMALL = {"size": 64}
 

@@ -9,13 +9,13 @@ from conftest import draw
 
 from sft_course import FineTuner, Phase, fine_tune, load_artifact, load_settings
 from sft_course.backbones import Backbone
-from sft_course.tools.opening import open_backbone
-from sft_course.tools.settings import SFTError
-from sft_course.tools.intake import scan
-from sft_course.tools.checkpoints import read_checkpoint
-from sft_course.tools.phases import Candidate, Head, clearly_better
 from sft_course.recipe import default_phases
 from sft_course.tools.artifact import every_stage
+from sft_course.tools.checkpoints import read_checkpoint
+from sft_course.tools.intake import scan
+from sft_course.tools.opening import open_backbone
+from sft_course.tools.phases import Candidate, Head, clearly_better
+from sft_course.tools.settings import SFTError
 
 SMALL = {"size": 48, "weights": None}
 NETWORK = "test_efficientnet"

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler as theirs
 
-from sft_course.tools.settings import SFTError
-from sft_course.tools.phases import Phase
+from sft_course.schedules import SCHEDULES, cosine, linear, one_cycle, rate_table, schedule, step_decay, warm_up
 from sft_course.tools.finder import RULES, find_rate, rate_curve, smoothed, suggest
-from sft_course.schedules import SCHEDULES, cosine, linear, one_cycle, rate_table, schedule, step_decay
-from sft_course.schedules import warm_up
+from sft_course.tools.phases import Phase
+from sft_course.tools.settings import SFTError
 
 LENGTHS = [1, 2, 3, 4, 7, 10, 30, 99, 1000]
 quick = settings(max_examples=200, deadline=None)

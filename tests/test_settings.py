@@ -1,8 +1,8 @@
 import pytest
 
-from sft_course.tools.settings import SFTError, load_settings, settings_file
-from sft_course.tools.records import code_key
 from sft_course.tools.datasets import open_dataset
+from sft_course.tools.records import code_key
+from sft_course.tools.settings import SFTError, load_settings, settings_file
 
 
 @pytest.fixture

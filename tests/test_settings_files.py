@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sft_course.tools.settings import SFTError, load_settings, settings_file
 from sft_course.tools.records import code_key
+from sft_course.tools.settings import SFTError, load_settings, settings_file
 from sft_course.tools.torch_state import pick_device
 
 REPO = Path(__file__).parent.parent

@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 
 from sft_course.tools.opening import as_backbone, open_backbone
-from sft_course.tools.taps import EveryStage, _moments, _positions, stage_features
 from sft_course.tools.surgery import fold_for, split_at
+from sft_course.tools.taps import EveryStage, _moments, _positions, stage_features
 
 HALF = (.5, .5, .5)
 SIZE = 64

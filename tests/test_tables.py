@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from conftest import REPO, draw
 
-from sft_course.tools.settings import SFTError
-from sft_course.tools.pixels import decode_once
 from sft_course.tools.intake import scan
+from sft_course.tools.pixels import decode_once
+from sft_course.tools.settings import SFTError
 
 CSV = REPO.parent / "shared" / "cases" / "csv"
 

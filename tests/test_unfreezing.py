@@ -7,12 +7,12 @@ from test_backbones import FAMILIES
 from torch import nn
 
 from sft_course.backbones import Backbone, new_head
-from sft_course.tools.stages import cut_into_stages
+from sft_course.loop import batches, copy_state
 from sft_course.tools.opening import open_backbone
 from sft_course.tools.settings import SFTError
-from sft_course.tools.surgery import split_at
-from sft_course.loop import batches, copy_state
+from sft_course.tools.stages import cut_into_stages
 from sft_course.tools.steps import train_epoch
+from sft_course.tools.surgery import split_at
 from sft_course.unfreezing import feature_drift, first_trainable, freeze_below, param_groups, training_costs, training_mode
 
 NORMS = nn.modules.batchnorm._BatchNorm

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sft_course.tools.settings import load_settings
 from sft_course.tools.datasets import open_dataset
 from sft_course.tools.intake import scan
+from sft_course.tools.settings import load_settings
 
 EVERY_READER = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 

@@ -20,15 +20,15 @@ def seconds(work):
 
 
 def tuner_of(folder, size, cache, **settings):
-    from sft_course.tools.settings import load_settings
     from sft_course.tools.engine import FineTuner
+    from sft_course.tools.settings import load_settings
     return FineTuner(folder, "lite0", size=size, seed=0, settings=load_settings(cache=str(cache), **settings))
 
 
 def upper_phase():
     "The phase of the default recipe that trains more than the head."
-    from sft_course.tools.settings import load_settings
     from sft_course.recipe import default_phases
+    from sft_course.tools.settings import load_settings
     return next(p for p in default_phases(load_settings()) if p.train != "head")
 
 
@@ -39,10 +39,10 @@ def head(folder, size, cache):
 
     import sft_course.recipe as recipe
     import sft_course.tools.tuner as tuner_module
-    from sft_course.tools.opening import open_backbone
-    from sft_course.tools.pixels import decode_once
     from sft_course.data import decoded_size, plain_view, to_input
     from sft_course.tools.intake import scan
+    from sft_course.tools.opening import open_backbone
+    from sft_course.tools.pixels import decode_once
     opened = open_backbone("lite0")
     body = open_backbone("lite0").model
     tuner_module.open_backbone = lambda *_: opened
@@ -169,9 +169,9 @@ def throughput(folder, size, cache):
     batch) on tensors already in memory, before and after."""
     import torch
 
-    from sft_course.tools import training
     import sft_course.recipe as recipe
     from sft_course.data import to_input
+    from sft_course.tools import training
     from sft_course.unfreezing import freeze_below, param_groups, training_mode
     tuner = tuner_of(folder, size, cache)
     phase, backbone = recipe.Phase("all", epochs=3), tuner.backbone
@@ -224,9 +224,9 @@ def _memory_of(folder, size, cache, share):
 
     import sft_course.recipe as recipe
     import sft_course.tools.tuner as tuner_module
+    from sft_course.tools.intake import scan
     from sft_course.tools.opening import open_backbone
     from sft_course.tools.settings import load_settings
-    from sft_course.tools.intake import scan
     opened = open_backbone("lite0")
     tuner_module.open_backbone = lambda *_: opened
     catalog = scan(folder)

@@ -103,7 +103,8 @@ def measured():
     user: a user id to run as; its rights are given up only after the imports, for it may not be allowed to read the library.
     """
     def run(code, *args, user=None, timeout=300, env=None):
-        before = "import os, sys, tqdm.auto, numpy as np, PIL.Image, sft_course.tools.intake, sft_course.tools.problems\nPIL.Image.init()\n" + PEAK + "first = peak()\n"
+        before = "import os, sys, tqdm.auto, numpy as np, PIL.Image, sft_course.tools.intake, sft_course.tools.problems\n"
+        before += "PIL.Image.init()\n" + PEAK + "first = peak()\n"
         if user is not None:
             before += f"os.setgroups([]); os.setgid({user}); os.setuid({user})\n"
         command = [sys.executable, "-c", before + code + "\nprint(round(peak() - first))\n", *map(os.fspath, args)]

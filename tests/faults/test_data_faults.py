@@ -20,12 +20,12 @@ from corpus import blob, bombs, corpus, encoded, lay_out
 from PIL import Image
 
 import sft_course.tools.pixels as pixels_tool
-from sft_course.tools.settings import SFTError
 from sft_course.tools.catalog import LEFT_OUT, printable
-from sft_course.tools.pixels import decode_once
-from sft_course.tools.problems import describe, find_problems
 from sft_course.tools.decoding import read_picture
 from sft_course.tools.intake import scan
+from sft_course.tools.pixels import decode_once
+from sft_course.tools.problems import describe, find_problems
+from sft_course.tools.settings import SFTError
 
 SIZE = 48
 NOTES = {"1x1": ("small",), "animated": ("animated",), "EXIF broken": ("broken EXIF",)}  # what is said of pictures that were kept

@@ -13,11 +13,11 @@ import torch
 from forks import NETWORK, SIZE, pictures, plan
 
 from sft_course import FineTuner, load_settings
+from sft_course.tools.artifact import load_artifact
+from sft_course.tools.checkpoints import read_checkpoint
+from sft_course.tools.intake import scan
 from sft_course.tools.opening import open_backbone
 from sft_course.tools.settings import SFTError
-from sft_course.tools.intake import scan
-from sft_course.tools.checkpoints import read_checkpoint
-from sft_course.tools.artifact import load_artifact
 
 
 def refused(call, *args, **how):

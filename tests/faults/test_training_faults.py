@@ -11,9 +11,9 @@ import time
 import pytest
 from forks import litter, made, used
 
-from sft_course.tools.settings import SFTError
-from sft_course.tools.checkpoints import read_checkpoint
 from sft_course.tools.artifact import load_artifact
+from sft_course.tools.checkpoints import read_checkpoint
+from sft_course.tools.settings import SFTError
 
 
 def sentence(text):
