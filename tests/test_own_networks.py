@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sft_course import backbones
 from sft_course.backbones import new_head
 from sft_course.tools.costs import stage_costs
 from sft_course.tools.opening import as_backbone, fitting_size, open_backbone
@@ -262,4 +261,4 @@ def test_a_hook_of_the_counting_is_never_left_behind():
     with pytest.raises(Exception):  # noqa: B017
         stage_costs(net, 0)
     assert not any(m._forward_pre_hooks for m in net.model.modules())
-    assert backbones._order_of_use(net.model, 64)
+    assert cut_into_stages(net.model, 64)
