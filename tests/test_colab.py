@@ -20,7 +20,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 REPO = Path(__file__).parent.parent
-CHAPTERS = sorted((REPO / "nbs").glob("0*.ipynb"))
+CHAPTERS = sorted((REPO / "nbs").glob("[0-9][0-9]_*.ipynb"))
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 NEVER = ("torch", "torchvision", "numpy")  # built for the image's drivers and for each other
 

@@ -1,18 +1,24 @@
 "Every solution in the notebooks passes; every blank and every tempting wrong answer does not."
+import ast
+import importlib
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+import sft_course.tools.exercises
 from sft_course.tools.exercises import EXERCISES, check, progress
 
 NBS = Path(__file__).parent.parent / "nbs"
+ROOMS = [importlib.import_module(f"sft_course.tools.{f.stem}")  # one for Parts I and II, then one a chapter
+         for f in sorted(Path(sft_course.tools.exercises.__file__).parent.glob("exercises*.py"))]
 NAMES = sorted(EXERCISES)
 
 
 def sources(kind):
-    for path in sorted(NBS.glob("0*.ipynb")):
+    for path in sorted(NBS.glob("[0-9][0-9]_*.ipynb")):
         for cell in json.loads(path.read_text())["cells"]:
             if cell["cell_type"] == kind:
                 yield path, "".join(cell["source"])
@@ -30,16 +36,13 @@ def test_every_exercise_is_asked_and_solved():
 
 def test_every_chapter_has_three_or_more_one_of_them_a_bug_to_find():
     bugs = {m[1] for _, text in sources("markdown") for m in re.finditer(r"\*\*(\d\d)\.\d, find the bug", text)}
-    for path in sorted(NBS.glob("0*.ipynb")):
+    for path in sorted(NBS.glob("[0-9][0-9]_*.ipynb")):
         assert sum(n.startswith(path.name[:2]) for n in NAMES) >= 3, path.name
         assert path.name[:2] in bugs, path.name
 
 
-def test_no_helper_of_one_chapter_replaces_that_of_another():
-    import ast
-    from collections import Counter
-
-    import sft_course.tools.exercises as module
+@pytest.mark.parametrize("module", ROOMS, ids=lambda m: m.__name__.split(".")[-1])
+def test_no_helper_of_one_chapter_replaces_that_of_another(module):
     tree = ast.parse(Path(module.__file__).read_text())
     names = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     names += [t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
@@ -52,10 +55,9 @@ def test_solution_passes(name):
     import numpy as np
     import torch
 
-    import sft_course.tools.exercises as helpers
     assert BLANK.search(ASKED[name]), ASKED[name]
     said = []
-    scope = {k: v for k, v in vars(helpers).items() if not k.startswith("_")}
+    scope = {k: v for room in ROOMS for k, v in vars(room).items() if not k.startswith("_")}
     scope |= {"np": np, "torch": torch, "nn": torch.nn, "F": torch.nn.functional, "check": lambda *a: said.append(check(*a))}
     exec(BLANK.sub(lambda m: SOLUTIONS[name], ASKED[name]), scope)
     assert said and said[-1], said[-1].text
