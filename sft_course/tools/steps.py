@@ -36,7 +36,8 @@ def add_gradients(model: nn.Module, inputs: Callable[[np.ndarray], torch.Tensor]
 # %% ../../nbs/tools/steps.ipynb #sg0sum02
 def add_summed_gradients(model: nn.Module, inputs: Callable[[np.ndarray], Any], targets: Any,
                          rows: np.ndarray, loss: Callable[[Any, Any], tuple[torch.Tensor, int]],
-                         micro: int | None = None, precision: torch.dtype | None = None) -> tuple[torch.Tensor, int]:
+                         micro: int | None = None,
+                         precision: torch.dtype | None = None) -> tuple[torch.Tensor, int]:
     """Set the parameters' `.grad` to the gradient of a loss over `rows`, `micro` rows at a time.
 
     `loss(outputs, targets[part])` gives a sum and the number of its terms (images, pixels, tokens), on which
