@@ -295,7 +295,7 @@ def test_no_epochs_and_a_loss_that_is_not_finite_are_refused():
         run(epochs=0)
     x, y = drawn(0, 8, 3, 100)
     net = nn.Linear(3, 3)
-    with pytest.raises(SFTError, match="held-back loss became"):
+    with pytest.raises(SFTError, match="validation loss became"):
         fit(net, (x.__getitem__, y), (x.__getitem__, y), torch.optim.SGD(net.parameters(), lr=1e38), 1, batch_size=8)
 
 

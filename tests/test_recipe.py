@@ -145,7 +145,7 @@ def test_what_trains_must_be_known(tuner, train):
 
 def test_a_loss_that_is_not_finite_ends_the_phase_and_what_was_good_is_kept(tuner):
     before = state(tuner.run_phase(Phase("head")))
-    with pytest.warns(UserWarning, match=r"phase 2 \(train = 'all'\) ended early: the (held-back loss became nan after epoch 1|loss became \w+ at step \d+)"):
+    with pytest.warns(UserWarning, match=r"phase 2 \(train = 'all'\) ended early: the (validation loss became nan after epoch 1|loss became \w+ at step \d+)"):
         tuner.run_phase(Phase("all", epochs=3, lr=1e18, warmup=0))
     assert what_moved(before, state(tuner)) == [] and len(tuner.history) == 1
 
@@ -248,6 +248,36 @@ def test_a_stop_signal_lets_the_step_end_and_the_run_goes_on_from_there(hard, tm
     monkeypatch.setattr(module, "add_gradients", usual)
     run(tmp_path / "b")
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+VAIN = (Phase("head", looks_at="last"), Phase(3, epochs=4, batch_size=8, views=2, lr=.03, warmup=0, give_up=2))
+
+
+def test_a_phase_that_does_not_help_gives_up_and_a_stopped_run_gives_up_in_the_same_place(hard, tmp_path):
+    said = []
+
+    def run(out, stop_at=None, resume=False):
+        def watch(row):
+            if row["phase"] == 2 and row["epoch"] == stop_at:
+                raise Killed
+        return FineTuner(hard, "lite0", out=out, weights=None, watch=watch, say=said.append, **SMALL).run(*VAIN, resume=resume)
+    result = run(tmp_path / "whole")
+    assert [row["epoch"] for row in result.history] == [1, 1, 2] and result.card["chosen"] == "head"
+    assert min(row["val_loss"] for row in result.history[1:]) >= result.history[0]["val_loss"]
+    assert any("given up after 2 of 4 epochs" in sentence for sentence in said)
+    for epoch in (1, 2):
+        with pytest.raises(Killed):
+            run(tmp_path / str(epoch), stop_at=epoch)
+        run(tmp_path / str(epoch), resume=True)
+        assert weights(tmp_path / str(epoch)) == weights(tmp_path / "whole")
+
+
+def test_a_phase_that_helps_does_not_give_up(stripes):
+    "From random weights, where nothing is known yet."
+    phase = Phase("all", epochs=3, lr=1e-3, views=0, batch_stats=True, give_up=2)
+    result = FineTuner(stripes, "lite0", weights=None, **SMALL).run(phase)
+    losses = [row["val_loss"] for row in result.history]
+    assert len(losses) == 3 and min(losses) < np.log(2)
 
 
 def test_two_runs_do_not_share_a_folder(hard, tmp_path):

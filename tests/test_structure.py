@@ -25,7 +25,7 @@ ORDER = [
     "tools.cams", "tools.logits", "evaluation", "tools.charts", "tools.neighbours", "tools.report",
     "tools.watchers", "tools.phases", "tools.predict", "tools.artifact", "tools.tuner", "tools.fitting", "tools.resume", "tools.engine",
     "recipe",
-    "tools.ladder", "tools.widgets", "tools.exercises", "tools.cli",
+    "tools.head_lab", "tools.ladder", "tools.widgets", "tools.exercises", "tools.cli",
 ]
 
 

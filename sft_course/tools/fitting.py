@@ -6,6 +6,7 @@
 __all__ = ['Source']
 
 # %% ../../nbs/tools/fitting.ipynb #fa34419d
+import math
 from typing import Callable
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from .training import fit
 from .surgery import fold_for, pictures_at_once, split_at
 from .activations import activations, Recomputed
 from .taps import stage_features
-from .heads import choose_head, fit_wide_head, head_logits, HeadChoice, Rows
+from .heads import choose_head, fit_wide_head, head_logits, HeadChoice, mean_head, Rows
 from ..unfreezing import first_trainable, freeze_below, param_groups, training_mode
 from ..schedules import schedule
 from .phases import Candidate, Head, Phase
@@ -37,6 +38,12 @@ def _decay(choice: HeadChoice, every: bool) -> float:
     "The weight decay with which a head on the last stage, or on every stage, did best."
     tried = [s for s in choice.scores if s["every_stage"] == every]
     return min(tried, key=lambda s: s["loss"])["weight_decay"]
+
+# %% ../../nbs/tools/fitting.ipynb #la0looks
+def _looks_at(phase: Phase, choice: HeadChoice) -> str:
+    "What the head of a phase looks at: `last`, `every`, or `both`."
+    decided = {"either": "every" if choice.every_stage else "last", "auto": choice.looks_at}
+    return decided.get(phase.looks_at, phase.looks_at)
 
 # %% ../../nbs/tools/fitting.ipynb #2199e2c6
 def _set_head(backbone: Backbone, head: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -82,17 +89,21 @@ def _fit_head(tuner: TunerState, phase: Phase) -> dict:
         tuner.note(f"neither cache_gigabytes = {tuner.settings.cache_gigabytes} nor memory has room for what "
                    f"the head sees; it is computed anew whenever it is needed, which takes long")
     choice = seen.choice(tuner.train, tuner.seed)
-    every = {"last": False, "every": True}.get(phase.looks_at, choice.every_stage)
+    looks_at = _looks_at(phase, choice)
 
     def fitted(rows, every):
         return seen.fit(rows, every, _decay(choice, every), phase.epochs or 200)
 
+    def wanted(rows, on_last):
+        heads = [] if looks_at == "every" else [on_last or fitted(rows, False)]
+        return mean_head(heads if looks_at == "last" else [*heads, fitted(rows, True)])
+
     on_last = fitted(tuner.train, False)
-    compared = fitted(tuner.train, True) if every else on_last
+    compared = wanted(tuner.train, on_last)
     _set_head(tuner.backbone, on_last)
-    returned = fitted(np.concatenate([tuner.train, tuner.val]), every)
+    returned = wanted(np.concatenate([tuner.train, tuner.val]), None)
     tuner.start = copy_state(tuner.backbone.model)
-    tuner.head = Head(seen.logits(compared, tuner.val), tuner.labels[tuner.val], tuner.start, every,
+    tuner.head = Head(seen.logits(compared, tuner.val), tuner.labels[tuner.val], tuner.start, looks_at != "last",
                       *returned, seen.logits(returned, tuner.test))
     now = tuner.head.score
     before = score(seen.logits(compared, tuner.train), tuner.labels[tuner.train])
@@ -223,6 +234,11 @@ def _val_logits(tuner: TunerState, upper: nn.Module, held: Source) -> Callable[[
         return sum(predict_logits(upper, held(view), n, at_once) for view in (0, 1)) / 2
     return logits
 
+# %% ../../nbs/tools/fitting.ipynb #gu0vain2
+def _in_vain(history: list[dict], begun: float, after: int) -> bool:
+    "Whether the first `after` epochs are over, and none had a lower validation loss than `begun`."
+    return len(history) >= after and min(row["val_loss"] for row in history) >= begun
+
 # %% ../../nbs/tools/fitting.ipynb #cba10212
 def _epochs(tuner: TunerState, phase: Phase, stage: int, upper: nn.Module, source: Source, evaluate: Callable,
             resume: bool, run: dict) -> None:
@@ -232,6 +248,7 @@ def _epochs(tuner: TunerState, phase: Phase, stage: int, upper: nn.Module, sourc
     groups = param_groups(b, stage, phase.lr, phase.depth_decay, phase.weight_decay)
     rate = schedule(phase.schedule, epochs * steps, phase.warmup)
     current = {}  # the inputs of the epoch that runs
+    begun = evaluate(b.model).loss if phase.give_up else math.inf  # a stopped run begins here again
 
     def before(epoch):
         training_mode(b, stage, phase.batch_stats)
@@ -244,10 +261,16 @@ def _epochs(tuner: TunerState, phase: Phase, stage: int, upper: nn.Module, sourc
         tuner.log(phase, row, phase.lr * rate(row["epoch"] * steps - 1))
         tuner.show()
 
-    fit(b.model, (inputs, labels), evaluate, torch.optim.AdamW(groups, fused=True), epochs, rate, part=upper,
-        before=before, watch=watch, batch_size=phase.batch_size, seed=tuner.seed,
+    def hopeless(history):
+        return bool(phase.give_up) and _in_vain(history, begun, phase.give_up)
+
+    fitted = fit(b.model, (inputs, labels), evaluate, torch.optim.AdamW(groups, fused=True), epochs, rate, part=upper,
+        before=before, watch=watch, enough=hopeless, batch_size=phase.batch_size, seed=tuner.seed,
         label_smoothing=phase.label_smoothing, micro=_micro(tuner, phase),
         checkpoint=tuner.out and tuner.out / "last.ckpt", resume=resume, also=run, title=tuner.title)
+    if len(fitted.history) < epochs:
+        tuner.tell(f"{tuner.title}: given up after {len(fitted.history)} of {epochs} epochs, none of which had a "
+                   f"lower validation loss than the weights before them")
 
 # %% ../../nbs/tools/fitting.ipynb #ca766414
 def _micro(tuner: TunerState, phase: Phase) -> int | None:

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from typing import Any, Callable, Mapping, Sequence
 import torch
 from torch import fx, nn
-from .torch_state import own_torch_state
+from .torch_state import own_torch_state, seeded
 from ..backbones import Backbone
 from .stages import evaluation_mode
 from ..loop import predict_logits
@@ -180,7 +180,8 @@ class EveryStage(nn.Module):
     def __init__(self, backbone: Backbone, classes: int):
         super().__init__()
         self.features = stage_features(backbone)
-        self.linear = nn.Linear(self.features.columns, classes, device=backbone.head.weight.device)
+        with seeded(0):  # the caller's random numbers stay as they are
+            self.linear = nn.Linear(self.features.columns, classes, device=backbone.head.weight.device)
 
     def forward(self, x): return self.linear(self.features(x))
 

@@ -103,10 +103,14 @@ def _some_steps(part, train, order, optimizer, rate, epoch, seed, done: dict, as
                 "loss": (done.get("loss", 0.) * before + loss * now) / (before + now),
                 "random": _random_state()}
 
+def _over(history: list[dict], patience: int | None, enough: Callable[[list[dict]], bool] | None) -> bool:
+    "Whether training should stop before its last epoch."
+    return out_of_patience(history, patience) or bool(enough and enough(history))
+
 def _judge(model: nn.Module, held, epoch: int) -> dict[str, float]:
     now = held(model) if callable(held) else score(predict_logits(model, held[0], len(held[1])), held[1])
     if not math.isfinite(now.loss):
-        raise Diverged(f"the held-back loss became {now.loss} after epoch {epoch}; "
+        raise Diverged(f"the validation loss became {now.loss} after epoch {epoch}; "
                        "use a smaller learning rate.")
     return {"val_loss": now.loss, "val_accuracy": now.accuracy}
 
@@ -114,6 +118,7 @@ def _judge(model: nn.Module, held, epoch: int) -> dict[str, float]:
 def fit(model: nn.Module, train: tuple, held: tuple | Callable[[nn.Module], Score],
         optimizer: torch.optim.Optimizer, epochs: int, rate: Callable[[int], float] = lambda step: 1., *,
         batch_size: int = 32, seed: int = 0, patience: int | None = None,
+        enough: Callable[[list[dict]], bool] | None = None,
         checkpoint: str | Path | None = None, resume: bool = True, also: dict | None = None,
         part: nn.Module | None = None, before: Callable[[int], Any] | None = None,
         watch: Callable[[dict], Any] | None = None, average=None, title: str = "train", **how) -> Fitted:
@@ -121,14 +126,14 @@ def fit(model: nn.Module, train: tuple, held: tuple | Callable[[nn.Module], Scor
     weights.
 
     train, held: pairs of `inputs(rows)`, a batch on the device, and labels (n,); validation images choose the
-    epoch; held may be a function of the model instead. part: what of the model `inputs` pass through (all).
-    before(epoch): puts the model into training mode (`model.train`). watch(row): called with the history's
-    new row after each epoch; a run that goes on is first given the rows that it finds. checkpoint: a file,
-    written after each epoch, with `also` in it, and gone on from if it exists, unless `resume` is false: the
-    same bits come out as without a stop. average: from `average_weights`, evaluated and kept in place of the
-    model. title: of the progress bar. how: as in `train_epoch`. SIGINT and SIGTERM let the step end, save,
-    and raise `Stopped`. Raises `Diverged` where a loss is not finite; the model then holds the best weights,
-    if there are any.
+    epoch; held may be a function of the model instead. enough(history): whether to stop early. part: what of
+    the model `inputs` pass through (all). before(epoch): puts the model into training mode (`model.train`).
+    watch(row): called with the history's new row after each epoch; a run that goes on is first given the
+    rows that it finds. checkpoint: a file, written after each epoch, with `also` in it, and gone on from if
+    it exists, unless `resume` is false: the same bits come out as without a stop. average: from
+    `average_weights`, evaluated and kept in place of the model. title: of the progress bar. how: as in
+    `train_epoch`. SIGINT and SIGTERM let the step end, save, and raise `Stopped`. Raises `Diverged` where a
+    loss is not finite; the model then holds the best weights, if there are any.
     """
     if epochs < 1: raise SFTError(f"fit: epochs = {epochs}; use 1 or more.")
     file, judged = checkpoint and Path(checkpoint), model if average is None else average.module
@@ -143,7 +148,7 @@ def fit(model: nn.Module, train: tuple, held: tuple | Callable[[nn.Module], Scor
     try:
         # a host may have switched gradients off; training cannot do without them
         with stop_signals() as asked, bar, torch.inference_mode(False), torch.enable_grad():
-            while (e := len(history)) < epochs and not out_of_patience(history, patience):
+            while (e := len(history)) < epochs and not _over(history, patience, enough):
                 (before or (lambda epoch: model.train()))(e)
                 order = batches(len(train[1]), batch_size, (seed, e))
                 done = _some_steps(part or model, train, order, optimizer, rate, e, seed, done, asked, bar,

@@ -124,9 +124,9 @@ def cli(spec):
 def faults(spec, said):
     import torch
 
-    import sft_course.loop as loop
+    import sft_course.tools.steps as steps
 
-    usual = loop.add_gradients
+    usual = steps.add_gradients
 
     def add_gradients(model, inputs, labels, rows, label_smoothing=0.0, micro=None, precision=None):
         if "memory" in spec and (micro or len(rows)) > spec["memory"][1]:
@@ -146,7 +146,7 @@ def faults(spec, said):
                 p.grad.fill_(float("nan"))
         return total * float(spec["loss"][0])
 
-    loop.add_gradients = add_gradients
+    steps.add_gradients = add_gradients
     if "at" in spec:
         points(spec, said)
 

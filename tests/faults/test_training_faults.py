@@ -167,7 +167,7 @@ def test_memory_is_short(fault, forks, data, undisturbed, tmp_path, kind):
             assert now["val_loss"] == pytest.approx(was["val_loss"], rel=1e-2) and now["val_accuracy"] == pytest.approx(
                 was["val_accuracy"], abs=0.13
             )
-    with fault("no memory for one picture") as f:
+    with fault("no memory for one image") as f:
         said = forks.run(data=data, out=tmp_path / "none", cache=whole["cache"], memory=[kind, 0])
         assert said["ended"] == "SFTError"
         f.said(sentence(said["message"]))
