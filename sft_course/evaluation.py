@@ -100,14 +100,14 @@ def with_temperature(e: Evaluation, temperature: float) -> Evaluation:
 COOLEST, HOTTEST = .05, 20.
 
 def fit_temperature(e: Evaluation) -> float:
-    """The temperature, within `COOLEST` … `HOTTEST`, that makes the labels of `e` most likely; use held-back
-    pictures. Source: Guo et al. 2017.
+    """The temperature, within `COOLEST` … `HOTTEST`, that makes the labels of `e` most likely; use
+    validation images. Source: Guo et al. 2017.
 
     The slope of the loss in b = 1 / temperature rises with b (the loss is convex), so halving the interval
     finds its zero.
     """
     if not len(e):
-        raise SFTError("temperature: there are no held-back pictures to fit it on; hold some back.")
+        raise SFTError("temperature: there are no validation images to fit it on; hold some back.")
     z = _finite(e.logits)
     own = z[np.arange(len(e)), e.labels]
     def slope(b): return ((_softmax(b * z) * z).sum(1) - own).mean()

@@ -29,7 +29,7 @@ def default_phases(settings: Settings, *, train: int | str | None = None, epochs
         return (Phase("head"),)
     if isinstance(train, str) and train.isdecimal():  # as a command line has it
         train = int(train)
-    usual = {"epochs": settings.pick(quick=6, full=12), "batch_size": 8, "give_up": 2}
+    usual = {"epochs": settings.pick(quick=6, full=12), "batch_size": 8}
     return Phase("head"), Phase(6 if train is None else train, **usual | given)
 
 # %% ../nbs/09_recipe.ipynb #a4cfe21e

@@ -178,7 +178,7 @@ def test_temperature_of_odd_evaluations():
     assert fit_temperature(sure) == pytest.approx(COOLEST)
     assert fit_temperature(replace(sure, labels=np.array([1]))) == pytest.approx(HOTTEST)
     assert fit_temperature(replace(e, logits=np.full_like(e.logits, np.nan))) > 0
-    with pytest.raises(SFTError, match="no held-back pictures"):
+    with pytest.raises(SFTError, match="no validation images"):
         fit_temperature(e.take([]))
 
 

@@ -103,8 +103,8 @@ def _fit_head(tuner: TunerState, phase: Phase) -> dict:
     _set_head(tuner.backbone, on_last)
     returned = wanted(np.concatenate([tuner.train, tuner.val]), None)
     tuner.start = copy_state(tuner.backbone.model)
-    tuner.head = Head(seen.logits(compared, tuner.val), tuner.labels[tuner.val], tuner.start, looks_at != "last",
-                      *returned, seen.logits(returned, tuner.test))
+    tuner.head = Head(seen.logits(compared, tuner.val), tuner.labels[tuner.val], tuner.start,
+                      looks_at != "last", *returned, seen.logits(returned, tuner.test))
     now = tuner.head.score
     before = score(seen.logits(compared, tuner.train), tuner.labels[tuner.train])
     return {"epoch": 1, "train_loss": before.loss, "val_loss": now.loss, "val_accuracy": now.accuracy}
@@ -264,13 +264,14 @@ def _epochs(tuner: TunerState, phase: Phase, stage: int, upper: nn.Module, sourc
     def hopeless(history):
         return bool(phase.give_up) and _in_vain(history, begun, phase.give_up)
 
-    fitted = fit(b.model, (inputs, labels), evaluate, torch.optim.AdamW(groups, fused=True), epochs, rate, part=upper,
-        before=before, watch=watch, enough=hopeless, batch_size=phase.batch_size, seed=tuner.seed,
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    fitted = fit(b.model, (inputs, labels), evaluate, optimizer, epochs, rate, part=upper, before=before,
+        watch=watch, enough=hopeless, batch_size=phase.batch_size, seed=tuner.seed,
         label_smoothing=phase.label_smoothing, micro=_micro(tuner, phase),
         checkpoint=tuner.out and tuner.out / "last.ckpt", resume=resume, also=run, title=tuner.title)
     if len(fitted.history) < epochs:
-        tuner.tell(f"{tuner.title}: given up after {len(fitted.history)} of {epochs} epochs, none of which had a "
-                   f"lower validation loss than the weights before them")
+        tuner.tell(f"{tuner.title}: given up after {len(fitted.history)} of {epochs} epochs; none had a "
+                   f"lower validation loss than the start")
 
 # %% ../../nbs/tools/fitting.ipynb #ca766414
 def _micro(tuner: TunerState, phase: Phase) -> int | None:

@@ -24,6 +24,8 @@ from ..loop import plain_loop, predict_logits, score, Score
 from ..freezing import exact_head, head_loop
 from ..unfreezing import upper_loop
 from ..schedules import scheduled_loop
+from .phases import Phase
+from .fitting import _looks_at
 from ..recipe import default_phases, fine_tune
 
 # %% ../../nbs/tools/ladder.ipynb #ld000008
@@ -121,7 +123,7 @@ def ladder_runs() -> pd.DataFrame:
     ]
     scripts = recorded("ladder", climb, grid, uses=USES)
     whole = [{"rung": "09 recipe", "data": d, "seed": seed} for d in SETS for seed in range(3)]
-    recipes = recorded("ladder_recipe", climb_recipe, whole, uses=(default_phases, ladder_data))
+    recipes = recorded("ladder_recipe", climb_recipe, whole, uses=(default_phases, ladder_data, Phase, _looks_at))
     return pd.concat([first, scripts, recipes], ignore_index=True)
 
 # %% ../../nbs/tools/ladder.ipynb #ld000016

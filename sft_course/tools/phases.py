@@ -24,9 +24,9 @@ class Phase:
     head, times `depth_decay` for each stage below; views: views per image that are computed once and drawn
     from in each epoch, 0 for a new view every time; batch_stats: whether batch norms use and update the
     statistics of batches (they must where nothing is pretrained); looks_at: the stages a head sees,
-    `"last"`, `"every"`, `"both"` (the mean of two heads), `"either"`, the last unless cross-validation clearly
-    prefers every, or `"auto"`, both where it prefers neither; give_up: stop after that many epochs unless one
-    of them had a lower validation loss than the weights that the phase began with.
+    `"last"`, `"every"`, `"both"` (the mean of two heads), `"either"`, the last unless cross-validation
+    clearly prefers every, or `"auto"`, both where it prefers neither; give_up: stop after that many epochs
+    unless one of them had a lower validation loss than the weights that the phase began with.
     """
     train: int | str
     epochs: int | None = None
@@ -57,11 +57,12 @@ def _count(value, low: int) -> bool:
     "Whether `value` is a whole number, `low` or more."
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
+_LOOKS_AT = ("last", "every", "both", "either", "auto")
 _ALLOWED = {"epochs": lambda v: v is None or _count(v, 1), "lr": lambda v: 0 < v < math.inf,
             "depth_decay": lambda v: 0 < v <= 1, "schedule": lambda v: v in SCHEDULES,
             "warmup": lambda v: 0 <= v < 1, "batch_size": lambda v: _count(v, 2),
             "weight_decay": lambda v: 0 <= v < math.inf, "views": lambda v: _count(v, 0),
-            "label_smoothing": lambda v: 0 <= v < 1, "looks_at": lambda v: v in ("last", "every", "both", "either", "auto"),
+            "label_smoothing": lambda v: 0 <= v < 1, "looks_at": lambda v: v in _LOOKS_AT,
             "give_up": lambda v: v is None or _count(v, 1)}
 
 # %% ../../nbs/tools/phases.ipynb #99d875d1

@@ -134,7 +134,7 @@ def _reliability_svg(e: Evaluation, colour: str, shift: float = 0.) -> str:
 
 # %% ../../nbs/tools/report.ipynb #61b5e878
 def _history_svg(history: list[dict]) -> str:
-    "Accuracy on the held-back pictures after each row of the history."
+    "Accuracy on the validation images after each row of the history."
     found = [(i, _number(r.get("val_accuracy")), r.get("train")) for i, r in enumerate(history)]
     found = [(i, a, t) for i, a, t in found if a is not None]
     if not found: return ""
@@ -144,9 +144,9 @@ def _history_svg(history: list[dict]) -> str:
                                                                       "var(--good)" if t == "head"
                                                                       else "var(--main)")
                    for i, a, t in found)
-    axes = _axes("epochs of all phases", "accuracy, held-back pictures",
+    axes = _axes("epochs of all phases", "accuracy, validation images",
                  {i / n: str(i + 1) for i in range(0, len(history), step)})
-    alt = (f"Accuracy on held-back pictures goes from {found[0][1]:.2f} to {found[-1][1]:.2f}, at best "
+    alt = (f"Accuracy on validation images goes from {found[0][1]:.2f} to {found[-1][1]:.2f}, at best "
            f"{max(a for _, a, _ in found):.2f}.")
     return _drawing(axes + f'<path d="M{line}" fill="none" stroke="var(--soft)"/>' + dots, alt,
                     alt + " Blue: the head alone; orange: with other stages.")
@@ -171,7 +171,7 @@ def _data_part(card: dict, test: Evaluation) -> str:
     "Classes, counts and what was found wrong with the files."
     m, k = card.get("metrics") or {}, len(test.classes)
     counts = [f"{m[key]} {text}" for key, text in (("n_train", "to learn from"),
-                                                   ("n_val", "of these held back to choose by"),
+                                                   ("n_val", "of these for validation"),
                                                    ("n_test", "to test on")) if m.get(key) is not None]
     names = ", ".join(_name(c) for c in test.classes)
     return _part("Data", f"<p>{', '.join(counts) or f'{len(test)} test pictures'}.</p>",
@@ -206,7 +206,7 @@ def _recipe_part(card: dict, history: list[dict]) -> str:
     size, seconds = (card.get("preprocessing") or {}).get("size"), _number(card.get("seconds"))
     facts = [f"Backbone {_name(card.get('backbone', 'unknown'))} (weights: "
              f"{_name(card.get('weights', 'unknown'))})", f"pictures of {_e(size)} pixels" if size else "",
-             f"{seconds:.0f} seconds" if seconds is not None else "", f"chosen on the held-back pictures: "
+             f"{seconds:.0f} seconds" if seconds is not None else "", f"chosen on the validation images: "
                                                                       f"{_e(card['chosen'])}"
              if card.get("chosen") else ""]
     return _part("Recipe", f"<p>{', '.join(f for f in facts if f)}.</p>", table, _history_svg(history),
@@ -281,7 +281,7 @@ def _matrix(test: Evaluation) -> str:
 
 # %% ../../nbs/tools/report.ipynb #9de6fe22
 def _calibration_part(test: Evaluation, held: Evaluation | None) -> str:
-    "How much the confidences are worth, before and after a temperature fitted on the held-back pictures."
+    "How much the confidences are worth, before and after a temperature fitted on the validation images."
     if not len(test): return ""
     t = fit_temperature(held) if held is not None and len(held) else None
     at_end = t is not None and not 1.01 * COOLEST < t < .99 * HOTTEST
@@ -300,11 +300,11 @@ def _calibration_text(test: Evaluation, held: Evaluation | None, t: float | None
     text = (f"<p>Mean confidence {_share(test.confidence.mean())}, accuracy {_share(test.accuracy)}. "
             f"Expected calibration error {ece(test):.3f}; with {len(test)} pictures, confidences that are "
             f"true would show {low:.3f} to {high:.3f} by luck alone.</p>")
-    if t is None: return text + "<p>There were no held-back pictures to fit a temperature on.</p>"
+    if t is None: return text + "<p>There were no validation images to fit a temperature on.</p>"
     if at_end:
-        return (text + f"<p>No temperature could be fitted on the {len(held)} held-back pictures: they are "
+        return (text + f"<p>No temperature could be fitted on the {len(held)} validation images: they are "
                        f"all right, or too few, or the network has no use for any.</p>")
-    return (text + f"<p>Logits divided by the temperature {t:.2f}, fitted on {len(held)} held-back pictures, "
+    return (text + f"<p>Logits divided by the temperature {t:.2f}, fitted on {len(held)} validation images, "
                    f"give an error of {ece(with_temperature(test, t)):.3f} "
                    f"here.{' Fitted on so few, it is a rough guess.' * (len(held) < 100)}</p>")
 

@@ -715,7 +715,7 @@ _HISTORY_KEY = (
     f'<path d="M160 36h24" stroke="{TRAINED}" stroke-width="2" stroke-dasharray="5 3"/>'
     + _write(190, 40, "training", "start")
     + f'<path d="M256 36h24" stroke="{FROZEN}" stroke-width="2"/>'
-    + _write(286, 40, "held back", "start")
+    + _write(286, 40, "validation", "start")
 )
 
 def _curve(
@@ -748,8 +748,8 @@ def _history_text(history: Sequence[dict], train: list, held: list, right: list)
     r = history[-1]
     say = f"Phase {r.get('phase')} ({_name_phase(r.get('train'))}), epoch {r.get('epoch')}: "
     parts = [
-        f"loss {s[-1][1]:.2f} on {where} pictures"
-        for s, where in ((train, "training"), (held, "held-back"))
+        f"loss {s[-1][1]:.2f} on {where} images"
+        for s, where in ((train, "training"), (held, "validation"))
         if s and s[-1][0] == len(history) - 1
     ]
     say += (", ".join(parts) or "the loss is not a number") + "."
@@ -757,7 +757,7 @@ def _history_text(history: Sequence[dict], train: list, held: list, right: list)
         return say
     best = max(right, key=lambda p: p[1])
     return say + (
-        f" Accuracy on held-back pictures is {right[-1][1]:.3f}, at best {best[1]:.3f} after epoch "
+        f" Accuracy on validation images is {right[-1][1]:.3f}, at best {best[1]:.3f} after epoch "
         f"{best[0] + 1} of all {len(history)}."
     )
 

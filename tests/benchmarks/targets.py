@@ -118,7 +118,7 @@ def frozen_epoch(folder, size):
 
 def boundary(folder, size, cache, epochs=4):
     """Epochs of the default recipe's upper stages on cached activations, and with a cache too small for any, from the same head on
-    the same views. An epoch is from one row of the history to the next, so evaluation on the held-back pictures is in both;
+    the same views. An epoch is from one row of the history to the next, so evaluation on the validation images is in both;
     computing the cache is not.
 
     Distances between weights are shares of the distance that training went. `apart`: to a third run without the cache, whose
