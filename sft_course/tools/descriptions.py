@@ -53,11 +53,11 @@ def describe(species: Species, phrasings: Phrasings, rng: np.random.Generator) -
         leaf=pick(phrasings.tips[pick(("pointed", "round"))]))
     return text[0].upper() + text[1:]
 
-# %% ../../nbs/tools/descriptions.ipynb #6a1b4dc5
+# %% ../../nbs/tools/descriptions.ipynb #6afa9ce8
 def draw_descriptions(per_class: int, phrasings: Phrasings = SEEN,
                       seed: int = 0) -> tuple[list[str], list[str]]:
-    """`per_class` different sentences for each of the six species, and their labels, in random order. Raises `SFTError`
-    where there are not so many."""
+    """`per_class` different sentences for each of the six species, and their labels, in random order.
+    Raises `SFTError` where there are not so many."""
     if not 1 <= per_class <= 2000:
         raise SFTError(f"descriptions: per_class = {per_class}; use 1 to 2000.")
     rng, found = np.random.default_rng((seed, len(phrasings.frames))), []

@@ -49,7 +49,7 @@ def padding_share(lengths: Sequence[int], batches: Sequence[np.ndarray]) -> floa
     computed = sum(len(rows) * lengths[rows].max() for rows in batches)
     return 1 - lengths.sum() / computed
 
-# %% ../../nbs/tools/hidden_states.ipynb #439a2125
+# %% ../../nbs/tools/hidden_states.ipynb #49526ec1
 @dataclass(frozen=True)
 class Ragged:
     "States of n texts: `values` float16 (all tokens, d), `starts` int64 (n + 1,)."
@@ -64,7 +64,7 @@ class Ragged:
         return np.diff(self.starts)
 
     def padded(self, rows: np.ndarray, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
-        "States float32 (b, longest, d) of some texts, zero where there is no token, and the mask (b, longest)."
+        "States float32 (b, longest, d) of some texts, zero where no token is, and the mask (b, longest)."
         longest = int(self.lengths[rows].max())
         at = self.starts[rows][:, None] + np.arange(longest)
         mask = at < self.starts[np.asarray(rows) + 1][:, None]
@@ -72,8 +72,9 @@ class Ragged:
         mask = torch.from_numpy(mask).to(device)
         return states * mask[..., None], mask
 
-# %% ../../nbs/tools/hidden_states.ipynb #a208b72d
-def run_layers(layers: Sequence[nn.Module], states: torch.Tensor, mask: torch.Tensor) -> Iterator[torch.Tensor]:
+# %% ../../nbs/tools/hidden_states.ipynb #966b3189
+def run_layers(layers: Sequence[nn.Module], states: torch.Tensor,
+               mask: torch.Tensor) -> Iterator[torch.Tensor]:
     "States (b, L, d) after each of the layers; mask (b, L) is true where there is a token."
     hidden = None if mask.all() else torch.zeros(mask.shape, device=states.device).masked_fill(
         ~mask, torch.finfo(states.dtype).min)[:, None, None]
@@ -144,31 +145,33 @@ def pooled_layers(encoder: Encoder, ids: list[list[int]], cache_dir: str | Path 
         return out
     return _stored(_file(cache_dir, _key(encoder, ids, "means")), shape, make)
 
-# %% ../../nbs/tools/hidden_states.ipynb #6ab0d694
+# %% ../../nbs/tools/hidden_states.ipynb #23eff652
 def states_below(encoder: Encoder, ids: list[list[int]], train: int, cache_dir: str | Path | None = None,
                  batch: int = 64) -> Ragged:
     """What goes into the `train` upper layers: the states after all layers below them, computed once.
 
     cache_dir: as in `pooled_layers`. Raises `SFTError` where the encoder has fewer layers."""
     if not 0 <= train <= encoder.layers:
-        raise SFTError(f"train = {train}: this encoder has {encoder.layers} layers; give a number from 0 to that.")
+        raise SFTError(f"train = {train}: this encoder has {encoder.layers} layers; "
+                       "give a number from 0 to that.")
     depth = encoder.layers - train
     starts = np.cumsum([0, *(len(row) for row in ids)])
     shape = (int(starts[-1]), encoder.width)
     def make():
         out = np.zeros(shape, np.float16)
         for rows, mask, states in _computed(encoder, ids, depth, batch):
-            for i, s, m in zip(rows, states[-1].cpu(), mask.cpu()): out[starts[i]:starts[i + 1]] = s[m].numpy()
+            for i, s, m in zip(rows, states[-1].cpu(), mask.cpu()):
+                out[starts[i]:starts[i + 1]] = s[m].numpy()
         return out
     return Ragged(_stored(_file(cache_dir, _key(encoder, ids, f"states {depth}")), shape, make), starts)
 
-# %% ../../nbs/tools/hidden_states.ipynb #e715d316
+# %% ../../nbs/tools/hidden_states.ipynb #d7e23643
 def normalised(features: torch.Tensor) -> torch.Tensor:
     "Features (n, d), each row with mean 0 and variance 1."
     return F.layer_norm(features.float(), features.shape[-1:], eps=1e-12)
 
 class UpperLayers(nn.Module):
-    "The upper layers of an encoder, the mean over tokens, normalised, and a linear head: (states, mask) → logits."
+    "Upper layers, the mean over tokens, normalised, and a linear head: (states, mask) → logits."
     def __init__(self, layers: Sequence[nn.Module], head: nn.Linear):
         super().__init__()
         self.layers = nn.ModuleList(layers)

@@ -92,12 +92,13 @@ class Texts:
     def classes(self) -> tuple[str, ...]:
         return tuple(sorted(set(self.labels)))
 
-# %% ../../nbs/tools/sentences.ipynb #ffeaa724
+# %% ../../nbs/tools/sentences.ipynb #468bcc58
 def _decoded(path: Path) -> str:
     "What a file says. Raises `SFTError` where it is not there, or not UTF-8, with the line."
     try: content = path.read_bytes()
     except OSError as e:
-        raise SFTError(f"{path.name}: cannot be read ({e.strerror}); give a .csv, .tsv or .jsonl file.") from None
+        raise SFTError(f"{path.name}: cannot be read ({e.strerror}); "
+                       "give a .csv, .tsv or .jsonl file.") from None
     try: return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = content[:e.start].count(b"\n") + 1
@@ -124,7 +125,7 @@ def _table_rows(text: str, name: str, comma: str) -> Iterator[tuple[int, dict]]:
         if cells: yield line, dict(zip(titles, cells))
         line = reader.line_num + 1
 
-# %% ../../nbs/tools/sentences.ipynb #856dd710
+# %% ../../nbs/tools/sentences.ipynb #689bcf9a
 def read_texts(path: str | Path, text: str = "text", label: str = "label") -> Texts:
     """A .csv, .tsv or .jsonl file with a column of texts and one of labels, named `text` and `label`.
 
@@ -133,7 +134,8 @@ def read_texts(path: str | Path, text: str = "text", label: str = "label") -> Te
     path = expanded(path)
     kinds = {".csv": ",", ".tsv": "\t"}
     if path.suffix not in (*kinds, ".jsonl"):
-        raise SFTError(f"{path.name}: texts are read from .csv, .tsv and .jsonl files; save it as one of them.")
+        raise SFTError(f"{path.name}: texts are read from .csv, .tsv and .jsonl files; "
+                       "save it as one of them.")
     said = _decoded(path)
     rows = list(_json_rows(said, path.name) if path.suffix == ".jsonl"
                 else _table_rows(said, path.name, kinds[path.suffix]))
@@ -141,7 +143,8 @@ def read_texts(path: str | Path, text: str = "text", label: str = "label") -> Te
     for line, row in rows:
         for column in (text, label):
             if row.get(column) is None:
-                raise SFTError(f"{path.name}, line {line}: there is no {column!r}, only {', '.join(map(str, row))}; "
+                raise SFTError(f"{path.name}, line {line}: there is no {column!r}, "
+                               f"only {', '.join(map(str, row))}; "
                                "say which columns hold texts and labels.")
     lines, found = zip(*rows)
     return Texts(tuple(str(r[text]) for r in found), tuple(str(r[label]) for r in found), lines, path.name)
@@ -157,11 +160,12 @@ def _plain(text: str) -> str: return " ".join(text.lower().split())
 
 def _short(text: str) -> str: return repr(text if len(text) <= 40 else text[:37] + "...")
 
-# %% ../../nbs/tools/sentences.ipynb #8df1937c
+# %% ../../nbs/tools/sentences.ipynb #c314aab5
 def _empty(data: Texts) -> Iterator[Problem]:
     for text, line in zip(data.texts, data.lines):
         if not text.strip():
-            yield Problem(data.name, "empty text", f"{data.name}, line {line}: the text is empty; remove the item.")
+            yield Problem(data.name, "empty text",
+                          f"{data.name}, line {line}: the text is empty; remove the item.")
 
 def _contradictions(data: Texts) -> Iterator[Problem]:
     seen = defaultdict(list)
@@ -170,23 +174,27 @@ def _contradictions(data: Texts) -> Iterator[Problem]:
     for text, uses in seen.items():
         labels, lines = sorted({u[0] for u in uses}), ", ".join(str(u[1]) for u in uses)
         if len(labels) > 1:
-            yield Problem(data.name, "contradiction", f"{data.name}, lines {lines}: {_short(text)} is labelled "
+            yield Problem(data.name, "contradiction",
+                          f"{data.name}, lines {lines}: {_short(text)} is labelled "
                           f"{' and '.join(labels)}; decide for one.")
 
 def _singles(data: Texts) -> Iterator[Problem]:
     for label, count in sorted(Counter(data.labels).items()):
         if count == 1:
-            yield Problem(data.name, "label once", f"{data.name}: label {label!r} occurs once, so it cannot be both "
+            yield Problem(data.name, "label once",
+                          f"{data.name}: label {label!r} occurs once, so it cannot be both "
                           "trained and validated; add items, or merge it with another label.")
 
-# %% ../../nbs/tools/sentences.ipynb #95339687
+# %% ../../nbs/tools/sentences.ipynb #5a522fd0
 def _shared(train: Texts, test: Texts) -> Iterator[Problem]:
     known = {_plain(t): line for t, line in zip(train.texts, train.lines) if t.strip()}
     shared = [(t, line) for t, line in zip(test.texts, test.lines) if _plain(t) in known]
     if shared:
         text, line = shared[0]
         yield Problem(test.name, "shared text", f"{test.name}: {len(shared)} of {len(test)} texts are in "
-                      f"{train.name} too, such as {_short(text)} (line {line}); remove them from one.", train.name)
+                      f"{train.name} too, such as {_short(text)} (line {line}); remove them from one.",
+                      train.name)
     for label in sorted(set(test.labels) - set(train.labels)):
-        yield Problem(test.name, "unknown label", f"{test.name}: label {label!r} is not among those of {train.name}; "
+        yield Problem(test.name, "unknown label",
+                      f"{test.name}: label {label!r} is not among those of {train.name}; "
                       "give it training items, or remove it.")

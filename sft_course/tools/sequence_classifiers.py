@@ -28,11 +28,12 @@ def _identity(layer: nn.Linear, scale: float = 1.) -> None:
     layer.weight.copy_(scale * torch.eye(len(layer.weight)))
     layer.bias.zero_()
 
-# %% ../../nbs/tools/sequence_classifiers.ipynb #e765bc1c
+# %% ../../nbs/tools/sequence_classifiers.ipynb #61084cbb
 def mean_layer(layer: nn.Module) -> nn.Module:
-    "Turn a layer of BERT, in place, into one whose output at every position is the normalised mean of its input."
+    "Turn a layer of BERT, in place, into one that gives the normalised mean of its input at every position."
     with torch.no_grad():
-        _zero(layer.attention.self.query, layer.attention.self.key, layer.intermediate.dense, layer.output.dense)
+        _zero(layer.attention.self.query, layer.attention.self.key)
+        _zero(layer.intermediate.dense, layer.output.dense)
         _identity(layer.attention.self.value)
         _identity(layer.attention.output.dense, FAR)
         for norm in (layer.attention.output.LayerNorm, layer.output.LayerNorm):
@@ -40,10 +41,10 @@ def mean_layer(layer: nn.Module) -> nn.Module:
             norm.bias.zero_()
     return layer
 
-# %% ../../nbs/tools/sequence_classifiers.ipynb #7e36cd73
+# %% ../../nbs/tools/sequence_classifiers.ipynb #8db9bcb3
 def sequence_classifier(encoder: Encoder, head: nn.Linear, classes: Sequence[str]):
-    """A plain transformers `BertForSequenceClassification` whose logits are those of `head` on the normalised means of
-    the encoder's last states. The weights are copies."""
+    """A plain transformers `BertForSequenceClassification` whose logits are those of `head` on the normalised
+    means of the encoder's last states. The weights are copies."""
     from transformers import BertForSequenceClassification
     config = copy.deepcopy(encoder.model.config)
     config.num_hidden_layers += 1
@@ -59,10 +60,11 @@ def sequence_classifier(encoder: Encoder, head: nn.Linear, classes: Sequence[str
         model.classifier.bias.copy_(head.bias)
     return model.eval()
 
-# %% ../../nbs/tools/sequence_classifiers.ipynb #18f07fcd
+# %% ../../nbs/tools/sequence_classifiers.ipynb #8b70f1e6
 def save_classifier(encoder: Encoder, head: nn.Linear, classes: Sequence[str], out: str | Path) -> Path:
-    """Write a folder that `AutoModelForSequenceClassification` and `AutoTokenizer` open. Raises `SFTError` where there is
-    something already."""
+    """Write a folder that `AutoModelForSequenceClassification` and `AutoTokenizer` open.
+
+    Raises `SFTError` where there is something already."""
     out = expanded(out)
     if out.exists(): raise SFTError(f"{out}: there is something already; give the name of a new folder.")
     with _whole_folder(out) as temp, _no_bars():
