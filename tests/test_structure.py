@@ -25,7 +25,8 @@ ORDER = [
     "tools.cams", "tools.logits", "evaluation", "tools.charts", "tools.neighbours", "tools.report",
     "tools.watchers", "tools.phases", "tools.predict", "tools.artifact", "tools.tuner", "tools.fitting", "tools.resume", "tools.engine",
     "recipe",
-    "tools.head_lab", "tools.ladder", "tools.widgets", "tools.exercises", "tools.cli",
+    "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text",
+    "tools.head_lab", "tools.ladder", "tools.widgets", "tools.exercises", "tools.exercises_18", "tools.cli",
 ]
 
 
