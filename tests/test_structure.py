@@ -25,7 +25,7 @@ ORDER = [
     "tools.cams", "tools.logits", "evaluation", "tools.charts", "tools.neighbours", "tools.report",
     "tools.watchers", "tools.phases", "tools.predict", "tools.artifact", "tools.tuner", "tools.fitting", "tools.resume", "tools.engine",
     "recipe",
-    "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text",
+    "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text", "tools.text_files",
     "tools.head_lab", "tools.ladder", "tools.widgets", "tools.exercises", "tools.exercises_18", "tools.cli",
 ]
 

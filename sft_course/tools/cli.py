@@ -46,7 +46,7 @@ def _path(text: str) -> Path:
     raise typer.BadParameter(f"{text}: the home folder is not known here; give the whole path.")
 
 # %% ../../nbs/tools/cli.ipynb #df59db6a
-DIR = "root/train|val|test/class/images, root/class/images, or a CSV of path,label"
+DIR = "root/train|val|test/class/images, root/class/images, a CSV of path,label, or of text,label"
 Folder = Annotated[Path, typer.Argument(metavar="DIR", parser=_path, help=DIR)]
 Artifact = Annotated[Path, typer.Argument(metavar="OUT", parser=_path, help="A folder that `fit` wrote.")]
 Out = Annotated[Optional[Path], typer.Option("--out", metavar="OUT", parser=_path,
@@ -110,6 +110,11 @@ _WRITTEN = (
     "last.ckpt",
     "tensorboard",
     ".lock",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
 )
 
 def _holds(out: Path) -> str:
@@ -329,10 +334,15 @@ def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None
 
     Images lie in one sub-folder per class. Where there is a val/ or test/ split it is used once, for the
     accuracy that is reported; otherwise a fifth of each class is held out for it. Files that are no sound
-    images are named and left out.
+    images are named and left out. A table (.csv, .tsv, .jsonl) with a column `text` is fitted as texts.
 
     Ctrl-C and SIGTERM let a step end, save, and say how to go on.
     """
+    if _texts(folder):
+        unfit = _given(backbone=backbone, weights=weights, image_size=image_size, batch_size=batch_size,
+                       val=val, device=device, watch=watch, keep_checkpoint=keep_checkpoint or None)
+        return _fit_texts(folder, _artifact(folder, out, name, resume), test, unfit, as_json,
+                          **_given(train=train, epochs=epochs, lr=lr, seed=seed))
     settings = load_settings(fit_image_size=image_size, seed=seed, backbone=backbone, device=device)
     parts = _given(strict=strict, val=val and _there(val), test=test and _there(test))
     recipe = _given(weights=weights and str(_there(weights, "file")), epochs=epochs, lr=lr, train=train,
@@ -342,6 +352,30 @@ def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None
         with _resumable(artifact): result = _fit(folder, parts, artifact, settings, resume, recipe)
         _tell(result, artifact)
         done(_summary(result, artifact))
+
+# %% ../../nbs/tools/cli.ipynb #txcli002
+def _texts(path: Path) -> bool:
+    "Whether `path` is a table of texts. What texts need is loaded only then."
+    if not path.is_file() or path.suffix.lower() not in (".csv", ".tsv", ".jsonl"): return False
+    from sft_course.tools.text_files import holds_texts
+    return holds_texts(path)
+
+def _fit_texts(file: Path, artifact: Path, test: Path | None, unfit: dict, as_json: bool,
+               **recipe: Any) -> None:
+    "Fit a table of texts, and say what came of it."
+    from sft_course.tools.text_files import fit_text_file
+    if unfit:
+        raise SFTError(f"--{next(iter(unfit)).replace('_', '-')} is for images, and {file} holds texts; "
+                       "leave it out.")
+    with _results(as_json) as done:
+        with _resumable(artifact):
+            card = fit_text_file(file, artifact, test and _there(test, "file"), **recipe)
+        m = card["metrics"]
+        print(f"{m['n_train']} texts of {len(card['classes'])} classes, a fifth of them for validation")
+        print(f"accuracy on validation texts  {m['val_accuracy']:.3f}")
+        if "accuracy" in m: print(f"accuracy on {m['n_test']} test texts  {m['accuracy']:.3f}")
+        print(f"saved in {artifact}; try: sft-course predict {_typed(artifact)} 'a text'")
+        done(card | {"artifact": str(artifact)})
 
 # %% ../../nbs/tools/cli.ipynb #1ee6f7ba
 def _given(**options: Any) -> dict[str, Any]:
@@ -457,8 +491,10 @@ def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, as_
     """Name the class of images with a network that was fitted before.
 
     A folder stands for the images in it. A file that cannot be read is named and skipped, and the exit status
-    is 1 then.
+    is 1 then. With a model of texts, each FILE is a text itself, or a table of texts.
     """
+    if (folder := _there(artifact)).is_dir() and _text_model(folder):
+        return _predict_texts(folder, files, csv, as_json)
     from sft_course.tools.torch_state import pick_device
     from sft_course.tools.artifact import load_artifact
     result = load_artifact(_there(artifact), pick_device(load_settings()))
@@ -469,6 +505,40 @@ def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, as_
         if csv: print(f"{n} predictions in {csv}")
         done({"artifact": str(artifact), "n": n, "predictions": rows, "skipped": skipped})
     if skipped: raise typer.Exit(1)
+
+# %% ../../nbs/tools/cli.ipynb #txcli003
+def _text_model(folder: Path) -> bool:
+    "Whether a model of texts lies there."
+    card = folder / "card.json"
+    try: return '"task": "text"' in card.read_text(encoding="utf-8")[:200]
+    except (OSError, ValueError): return False
+
+def _asked(given: list[Path]) -> list[str]:
+    "Texts, as they are given or from tables."
+    texts = []
+    for one in given:
+        if not _texts(one):
+            texts.append(str(one))
+            continue
+        from sft_course.tools.sentences import read_texts
+        from sft_course.tools.text_files import label_column
+        texts += read_texts(one, label=label_column(one)).texts
+    return texts
+
+def _predict_texts(folder: Path, given: list[Path], csv: Path | None, as_json: bool) -> None:
+    "Print what a model says of texts, or write it to the table `csv`."
+    import pandas as pd
+    from sft_course.tools.text_files import predict_texts
+    with _results(as_json) as done:
+        said = predict_texts(folder, _asked(given))
+        rows = pd.DataFrame(said).drop(columns="probabilities")
+        if csv:
+            _require_free(csv, lambda head: head.startswith("text,label,probability"), "--csv")
+            with _writable(csv, "--csv") as temp: rows.to_csv(temp, index=False)
+            print(f"{len(said)} predictions in {csv}")
+        elif not as_json:
+            for r in said: print(f"{r['probability']:6.1%}  {r['label']}  {r['text']}")
+        done({"artifact": str(folder), "n": len(said), "predictions": said})
 
 # %% ../../nbs/tools/cli.ipynb #16d8e7c2
 def _write_predictions(found: Iterator[Any], csv: Path | None, top: int,

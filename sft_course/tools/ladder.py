@@ -123,7 +123,8 @@ def ladder_runs() -> pd.DataFrame:
     ]
     scripts = recorded("ladder", climb, grid, uses=USES)
     whole = [{"rung": "09 recipe", "data": d, "seed": seed} for d in SETS for seed in range(3)]
-    recipes = recorded("ladder_recipe", climb_recipe, whole, uses=(default_phases, ladder_data, Phase, _looks_at))
+    made_by = (default_phases, ladder_data, Phase, _looks_at)
+    recipes = recorded("ladder_recipe", climb_recipe, whole, uses=made_by)
     return pd.concat([first, scripts, recipes], ignore_index=True)
 
 # %% ../../nbs/tools/ladder.ipynb #ld000016
