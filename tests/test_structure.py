@@ -25,7 +25,8 @@ ORDER = [
     "tools.cams", "tools.logits", "evaluation", "tools.charts", "tools.neighbours", "tools.report",
     "tools.watchers", "tools.phases", "tools.predict", "tools.artifact", "tools.tuner", "tools.fitting", "tools.resume", "tools.engine",
     "recipe",
-    "tools.ladder", "tools.widgets", "tools.exercises", "tools.cli",
+    "tools.target_tables", "tools.flower_targets", "tools.photo_targets", "targets", "tools.target_runs",
+    "tools.ladder", "tools.widgets", "tools.exercises", "tools.exercises_15", "tools.cli",
 ]
 
 
