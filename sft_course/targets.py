@@ -134,7 +134,7 @@ def fit_ridge(features: torch.Tensor, targets: torch.Tensor,
 # %% ../nbs/15_targets.ipynb #de06124f
 def interval(errors: torch.Tensor, level: float = .9) -> float:
     """The distance from a prediction within which the truth lies with probability `level` or more, from
-    errors (n,) on images that were not trained on: split conformal prediction. Source: Papadopoulos et al. 2002."""
+    errors (n,) on images that were not trained on: split conformal (Papadopoulos et al. 2002)."""
     if not 0 < level < 1: raise SFTError(f"level = {level}: use a share between 0 and 1.")
     rank = math.ceil(round((len(errors) + 1) * level, 9))
     if rank > len(errors):

@@ -17,11 +17,11 @@ _all_ = ["check"]
 # %% ../../nbs/tools/exercises_15.ipynb #3650c02e
 EXERCISES["15.1"] = Exercise(
     right=lambda a: math.isclose(a, .25),
-    why="The four share a sum of one, and nothing sets one of them apart. So no threshold of one half finds any.",
-    hint="Softmax makes numbers that sum to one. The head gives all of it to four labels that are equally true.",
+    why="The four share a sum of one, and nothing sets one of them apart. So one half is reached by none.",
+    hint="Softmax makes numbers that sum to one. Here four labels that are equally true share all of it.",
     mistakes=((lambda a: math.isclose(a, 1 / 13, rel_tol=.01),
                "That would be all 13 labels alike; but the head knows which four there are."),
-              (lambda a: a == 1, "That is what one sigmoid a label can say; softmax has only one to give away.")),
+              (lambda a: a == 1, "One sigmoid a label can say that; softmax has only one to give away.")),
     tempting=(1 / 13, 1., .5, 4 / 13),
 )
 
@@ -30,9 +30,11 @@ _OUT, _TRUE = torch.tensor([[1.], [2.], [4.]]), torch.tensor([1., 3., 0.])  # ha
 
 def _pairs(outputs, targets): return (outputs - targets).square().sum() / 2, len(targets)
 
-def _without_half(outputs, targets): return (outputs.reshape(-1) - targets).square().sum(), len(targets)
+def _without_half(outputs, targets):
+    return (outputs.reshape(-1) - targets).square().sum(), len(targets)
 
-def _mean_of_pairs(outputs, targets): return (outputs - targets).square().mean() / 2 * len(targets), len(targets)
+def _mean_of_pairs(outputs, targets):
+    return (outputs - targets).square().mean() / 2 * len(targets), len(targets)
 
 def _loss_is_right(f) -> bool:
     found = [f(out, _TRUE) for out in (_OUT, _OUT[:, 0])]
@@ -40,7 +42,7 @@ def _loss_is_right(f) -> bool:
 
 EXERCISES["15.2"] = Exercise(
     right=_loss_is_right,
-    why="(n, 1) minus (n,) is (n, n): every output against every target. The least sum of those is reached where all "
+    why="(n, 1) minus (n,) is (n, n): every output against every target. Their sum is least where all "
         "outputs say the mean. `number_loss` refuses unequal shapes.",
     hint="Bring both to the shape (n,) before they are subtracted; the sum has n terms.",
     mistakes=((lambda f: math.isclose(float(f(_OUT, _TRUE)[0]), 27.5, rel_tol=1e-5),
@@ -61,9 +63,9 @@ def _needed(errors): return np.sort(np.abs(errors))[math.ceil(round((len(errors)
 
 EXERCISES["15.3"] = Exercise(
     right=lambda f: all(math.isclose(f(e[:n]), _needed(e[:n])) for e in _ERRORS for n in (9, 19, 30, 50)),
-    why="The new image has a rank among n + 1, not n. With nine errors the largest is needed: a tenth one exceeds it "
-        "once in ten.",
-    hint="The new error may have any of n + 1 ranks, all equally likely. Which rank is at least nine tenths of them?",
+    why="The new image has a rank among n + 1, not n. With nine errors the largest is needed: a tenth one "
+        "exceeds it once in ten.",
+    hint="The new error may have any of n + 1 ranks, all equally likely. Which one covers nine tenths of them?",
     mistakes=((lambda f: math.isclose(f(_ERRORS[0]), _quantile(_ERRORS[0])),
                "The quantile of the n errors forgets the image that is to come."),
               (lambda f: math.isclose(f(_ERRORS[0]), _not_absolute(_ERRORS[0])),
@@ -82,7 +84,7 @@ def _accuracy(said, there): return (said == there).mean()
 def _precision(said, there): return (said * there).sum() / said.sum()
 
 EXERCISES["15.4"] = Exercise(
-    right=lambda f: math.isclose(float(f(_SAID, _THERE)), 10 / 13) and math.isclose(float(f(_SAID, _SAID)), 1),
+    right=lambda f: np.allclose([float(f(_SAID, _THERE)), float(f(_SAID, _SAID))], [10 / 13, 1]),
     why="All counts first, one quotient afterwards: 2 TP over all that were said and all that are there.",
     hint="TP is the sum of the product. What do `predicted.sum()` and `targets.sum()` count?",
     mistakes=((lambda f: math.isclose(float(f(_SAID, _THERE)), _macro(_SAID, _THERE)),

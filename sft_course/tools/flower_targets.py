@@ -41,8 +41,9 @@ def _rows_of(folder: Path, top: Path) -> list[list]:
 
 # %% ../../nbs/tools/flower_targets.ipynb #ab0519fe
 def flower_targets(cache_dir: str | Path, train: int = 20, test: int = 12, size: int = 96) -> Path:
-    """The CSV of drawn flowers of three domains: `path,split`, a column of 0 and 1 for each of `LABELS`, `petals`
-    and `diameter`; drawn on first use. train, test: images of each of six species in each domain; size: pixels."""
+    """The CSV of drawn flowers of three domains: `path,split`, a column of 0 and 1 for each of `LABELS`,
+    `petals` and `diameter`; drawn on first use. train, test: images of each of six species in each domain;
+    size: pixels."""
     top = Path(cache_dir) / "blooms"
     folders = [blooms_folder(top, train, test, size, domain, seed) for seed, domain in enumerate(PLACES)]
     file = top / f"targets-{folders[0].name.split('garden-')[1]}.csv"

@@ -36,11 +36,12 @@ def covered(boxes: np.ndarray, width: int, height: int, grid: int = 200) -> floa
 
 # %% ../../nbs/tools/photo_targets.ipynb #2b455a15
 def photo_targets(what: str) -> TargetTable:
-    """Photographs with targets: `fingers` (five labels), `finger count`, `digit` (numbers of hands), or `share`
-    (of the central square that raccoons cover). Raises `SFTError` where they are missing."""
+    """Photographs with targets: `fingers` (five labels), `finger count`, `digit` (numbers of hands), or
+    `share` (of the central square that raccoons cover). Raises `SFTError` where they are missing."""
     top = Path(os.environ.get("SFT_PHOTOS", "")) / ("raccoon" if what == "share" else "hands")
     if not os.environ.get("SFT_PHOTOS") or not top.is_dir():
-        raise SFTError(f"{what}: set SFT_PHOTOS to the folder that holds the photographs, with {top.name} in it.")
+        raise SFTError(f"{what}: set SFT_PHOTOS to the folder that holds the photographs, with {top.name} "
+                       "in it.")
     if what == "share": return _raccoons(top)
     files = sorted(f.relative_to(top).as_posix() for f in top.glob("*/[0-9]/*"))
     digits = [int(f.split("/")[1]) for f in files]

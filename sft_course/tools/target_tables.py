@@ -38,7 +38,7 @@ class TargetTable:
         return np.flatnonzero(self.part == part)
 
     def catalog(self) -> Catalog:
-        "A catalog of the same images, to decode them with `decode_once(…, to_learn=False)`; it has no classes."
+        "A catalog of the same images without classes, for `decode_once(…, to_learn=False)`."
         return Catalog(self.root, ("image",), self.files, np.zeros(len(self), np.int64), self.part)
 
     def divide(self, share: float = .25, seed: int = 0) -> "TargetTable":
@@ -97,8 +97,8 @@ def _require_varied(name: str, kind: str, names: Sequence[str], targets: np.ndar
     "Raise `SFTError` where there is nothing to learn: a column that is the same for all images."
     for k, label in enumerate(names if kind != "class" else ("label",)):
         if targets[:, k].min() < targets[:, k].max(): continue
-        who = {"labels": "every image has" if targets[0, k] else "no image has", "number": "all images have the same",
-               "class": "all images have one and the same"}[kind]
+        who = {"labels": "every image has" if targets[0, k] else "no image has",
+               "number": "all images have the same", "class": "all images have one and the same"}[kind]
         what = f"the label {printable(label)!r}" if kind == "labels" else printable(label)
         raise SFTError(f"{name}: {who} {what}; there is nothing to tell apart, so take the column away.")
 
@@ -108,14 +108,15 @@ def _is_split(column: str) -> bool:
     return key in FLAGS or key in SPLIT_COLUMNS
 
 def _layout(name: str, header: Sequence[str], wanted: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    "Names of the columns of targets, and of those about splits. Raises `SFTError` for a header that is unclear."
+    "Names of the columns of targets, and of those about splits. `SFTError` where the header is unclear."
     lower = [h.lower() for h in header]
     if "path" not in lower or len(set(lower)) < len(lower):
         raise SFTError(f"{name}: the first line reads {printable(','.join(header))[:200]}; it must name each "
                        "column once, one of them path.")
     if unknown := [w for w in wanted or () if w.lower() not in lower]:
-        raise SFTError(f"{name}: there is no column {unknown[0]!r}; it has {', '.join(map(printable, lower))}.")
-    targets = [w.lower() for w in wanted or () ] or [h for h in lower if h != "path" and not _is_split(h)]
+        there = ", ".join(map(printable, lower))
+        raise SFTError(f"{name}: there is no column {unknown[0]!r}; it has {there}.")
+    targets = [w.lower() for w in wanted or ()] or [h for h in lower if h != "path" and not _is_split(h)]
     if not targets: raise SFTError(f"{name}: there is no column beside path to learn; add one.")
     return targets, [h for h in lower if _is_split(h) and h not in targets]
 
@@ -172,6 +173,7 @@ def _classes(places: Sequence[str], columns: Sequence[Sequence[str]]) -> tuple[t
     "Names in order and float32 (n, 1), indices into them."
     if len(columns) > 1: raise SFTError(f"{places[0]}: a class needs one column; name it in `columns`.")
     if "" in columns[0]:
-        raise SFTError(f"{places[columns[0].index('')]}: the cell is empty; give a label, or take the line away.")
+        where = places[columns[0].index("")]
+        raise SFTError(f"{where}: the cell is empty; give a label, or take the line away.")
     names = tuple(sorted(set(columns[0])))
     return names, np.array([[names.index(c)] for c in columns[0]], np.float32)
