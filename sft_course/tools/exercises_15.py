@@ -42,8 +42,8 @@ def _loss_is_right(f) -> bool:
 
 EXERCISES["15.2"] = Exercise(
     right=_loss_is_right,
-    why="(n, 1) minus (n,) is (n, n): every output against every target. Their sum is least where all "
-        "outputs say the mean. `number_loss` refuses unequal shapes.",
+    why="(n, 1) minus (n,) is (n, n): every output against every target. Their sum is least where "
+        "all outputs say the mean. `number_loss` refuses unequal shapes.",
     hint="Bring both to the shape (n,) before they are subtracted; the sum has n terms.",
     mistakes=((lambda f: math.isclose(float(f(_OUT, _TRUE)[0]), 27.5, rel_tol=1e-5),
                "That is still the sum over all pairs: look at the shape of the difference."),),
@@ -65,7 +65,7 @@ EXERCISES["15.3"] = Exercise(
     right=lambda f: all(math.isclose(f(e[:n]), _needed(e[:n])) for e in _ERRORS for n in (9, 19, 30, 50)),
     why="The new image has a rank among n + 1, not n. With nine errors the largest is needed: a tenth one "
         "exceeds it once in ten.",
-    hint="The new error may have any of n + 1 ranks, all equally likely. Which one covers nine tenths of them?",
+    hint="The new error may have any of n + 1 ranks, equally likely. Which one covers nine tenths of them?",
     mistakes=((lambda f: math.isclose(f(_ERRORS[0]), _quantile(_ERRORS[0])),
                "The quantile of the n errors forgets the image that is to come."),
               (lambda f: math.isclose(f(_ERRORS[0]), _not_absolute(_ERRORS[0])),
