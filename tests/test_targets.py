@@ -8,12 +8,21 @@ from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.linear_model import Ridge as TheirRidge
 from sklearn.metrics import average_precision_score, f1_score
 
-from sft_course.targets import (
-    average_precision, choose_thresholds, f1, fit_label_head, fit_ridge, interval, label_quality, move_lengths,
-    number_loss, number_quality, several_label_loss,
-)
 from sft_course.data import plain_view, random_view
-from sft_course.tools.flower_targets import COLOURS, colour_of, LABELS
+from sft_course.targets import (
+    average_precision,
+    choose_thresholds,
+    f1,
+    fit_label_head,
+    fit_ridge,
+    interval,
+    label_quality,
+    move_lengths,
+    number_loss,
+    number_quality,
+    several_label_loss,
+)
+from sft_course.tools.flower_targets import COLOURS, LABELS, colour_of
 from sft_course.tools.photo_targets import covered, fingers, photo_targets
 from sft_course.tools.settings import SFTError
 from sft_course.tools.steps import add_summed_gradients
