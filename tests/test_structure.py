@@ -25,8 +25,10 @@ ORDER = [
     "tools.cams", "tools.logits", "evaluation", "tools.charts", "tools.neighbours", "tools.report",
     "tools.watchers", "tools.phases", "tools.predict", "tools.artifact", "tools.tuner", "tools.fitting", "tools.resume", "tools.engine",
     "recipe",
-    "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text", "tools.text_files",
-    "tools.head_lab", "tools.ladder", "tools.widgets", "tools.exercises", "tools.exercises_18", "tools.cli",
+    "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text",
+    "tools.text_files", "tools.target_tables", "tools.flower_targets", "tools.photo_targets", "targets",
+    "tools.target_runs",
+    "tools.head_lab", "tools.ladder", "tools.widgets", "tools.exercises", "tools.exercises_15", "tools.exercises_18", "tools.cli",
 ]
 
 
