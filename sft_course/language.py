@@ -21,12 +21,12 @@ from .loop import batches
 from .tools.training import fit, Fitted
 from .schedules import schedule
 
-# %% ../nbs/19_language.ipynb #299ea40d
+# %% ../nbs/19_language.ipynb #fbc23cd5
 def next_tokens(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Logits (B, T − 1, V) and the labels (B, T − 1) that they predict: position t against token t + 1."
     return logits[:, :-1], labels[:, 1:]
 
-# %% ../nbs/19_language.ipynb #674dfb55
+# %% ../nbs/19_language.ipynb #b95e4dbe
 def lm_loss(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Sum of −log p over the supervised tokens, in nats, and their number. outputs: logits (B, A, V) for the
     targets (B, A or more); what is longer than the outputs is padding."""
@@ -35,7 +35,7 @@ def lm_loss(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor,
                             reduction="sum")
     return total, int((targets != IGNORE).sum())
 
-# %% ../nbs/19_language.ipynb #6c535138
+# %% ../nbs/19_language.ipynb #47a960bc
 def encode_chat(tokenizer, chat: Chat, learn: str = "answers") -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens (T,) of a chat and their labels (T,): the token itself where the loss sees it, else IGNORE.
 
@@ -47,7 +47,7 @@ def encode_chat(tokenizer, chat: Chat, learn: str = "answers") -> tuple[torch.Te
     inside = [any(a <= first and last <= b for a, b in spans) for first, last in found["offset_mapping"]]
     return tokens, torch.where(torch.tensor(inside), tokens, IGNORE)
 
-# %% ../nbs/19_language.ipynb #defae961
+# %% ../nbs/19_language.ipynb #04157ee1
 def encode_chats(tokenizer, chats: Sequence[Chat], max_tokens: int = 512,
                  learn: str = "answers") -> tuple[Encoded, list[ChatProblem]]:
     "Tokens and labels of each chat that can be trained on, and a problem for each that is left out."
@@ -60,7 +60,7 @@ def encode_chats(tokenizer, chats: Sequence[Chat], max_tokens: int = 512,
         else: encoded.append((tokens[:max_tokens], labels[:max_tokens]))
     return encoded, problems
 
-# %% ../nbs/19_language.ipynb #04157ee1
+# %% ../nbs/19_language.ipynb #0c3e1143
 class LoRA(nn.Module):
     "A frozen linear layer plus a trained map of low rank: W x + (alpha / rank) B A x (Hu et al. 2021)."
     def __init__(self, base: nn.Linear, rank: int = 8, alpha: float = 16.):
@@ -76,13 +76,13 @@ class LoRA(nn.Module):
         with torch.no_grad(): self.base.weight += self.scale * self.B @ self.A
         return self.base
 
-# %% ../nbs/19_language.ipynb #d03b7bda
+# %% ../nbs/19_language.ipynb #20244f82
 def exact_answers(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     "The quality of each row (B,): 1 where every supervised token is the likeliest one, else 0."
     targets = targets[:, :outputs.shape[1]]
     return ((outputs.argmax(-1) == targets) | (targets == IGNORE)).all(1).float()
 
-# %% ../nbs/19_language.ipynb #1b588e01
+# %% ../nbs/19_language.ipynb #06a6f2b4
 def fit_chats(model: nn.Module, tokenizer, train: Sequence[Chat], val: Sequence[Chat], layers: int = 4,
               lr: float = 1e-3, epochs: int = 3, batch_size: int = 8, seed: int = 0, rank: int | None = None,
               learn: str = "answers", max_tokens: int = 512, **how) -> Fitted:
@@ -109,7 +109,7 @@ def fit_chats(model: nn.Module, tokenizer, train: Sequence[Chat], val: Sequence[
         if rank: swap_layers(part.layers, LoRA, LoRA.merged)
         model.eval()
 
-# %% ../nbs/19_language.ipynb #630d9285
+# %% ../nbs/19_language.ipynb #f1331c36
 @dataclass(frozen=True)
 class Answer:
     "What a model said, and whether it ended by itself rather than at the limit."
@@ -127,4 +127,5 @@ def ask(model: nn.Module, tokenizer, prompts: Sequence[str | Chat], max_new_toke
     out = model.eval().generate(input_ids=asked.input_ids, attention_mask=asked.attention_mask,
                                 do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=end)
     new = out[:, asked.input_ids.shape[1]:]
-    return [Answer(tokenizer.decode(row, skip_special_tokens=True).strip(), end in row.tolist()) for row in new]
+    return [Answer(tokenizer.decode(row, skip_special_tokens=True).strip(), end in row.tolist())
+            for row in new]

@@ -75,7 +75,8 @@ def read_chats(path: str | Path) -> tuple[list[Chat], list[ChatProblem]]:
         if fault: problems.append(ChatProblem(f"{path.name}, line {number}", *fault))
         else: chats.append(chat)
     if not chats:
-        raise SFTError(f"{path}: no line holds a chat" + (f"; {problems[0]}" if problems else "; it is empty."))
+        first = problems[0] if problems else "it is empty."
+        raise SFTError(f"{path}: no line holds a chat; {first}")
     return chats, problems
 
 # %% ../../nbs/tools/chats.ipynb #9847be19
@@ -83,15 +84,15 @@ def _prompt(chat: Chat) -> tuple:
     return tuple((m["role"], " ".join(m["content"].lower().split())) for m in chat[:-1])
 
 def prompt_problems(train: Sequence[Chat], test: Iterable[Chat] = ()) -> list[ChatProblem]:
-    """A problem for each training chat with the prompt of an earlier one and another answer, and for each test
-    chat with the prompt of a training chat."""
+    """A problem for each training chat with the prompt of an earlier one and another answer, and for each
+    test chat with the prompt of a training chat."""
     first: dict[tuple, int] = {}
     found = []
     for i, chat in enumerate(train):
         at = first.setdefault(_prompt(chat), i)
         if train[at][-1]["content"].strip() != chat[-1]["content"].strip():
-            found.append(ChatProblem(f"chat {i + 1}", "answers", f"it has the prompt of chat {at + 1} and another "
-                                     "answer; leave one."))
+            found.append(ChatProblem(f"chat {i + 1}", "answers", f"it has the prompt of chat {at + 1} and "
+                                     "another answer; leave one."))
     for i, chat in enumerate(test):
         if _prompt(chat) in first:
             found.append(ChatProblem(f"test chat {i + 1}", "leak", "its prompt is that of training chat "
@@ -110,5 +111,5 @@ def encoding_fault(chat: Chat, labels: Sequence[int], max_tokens: int,
     if token := next((t for t in special for m in chat if t in m["content"]), None):
         return "special", f"a message contains {token}, a token of the template; take it out."
     if not within: return "no answer", f"no answer begins in the first {max_tokens} tokens; raise max_tokens."
-    if beyond: return "cut off", f"the answer ends after token {max_tokens}, without its end; raise max_tokens."
+    if beyond: return "cut off", f"the answer is cut after token {max_tokens}; raise max_tokens."
     return None

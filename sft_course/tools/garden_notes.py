@@ -93,8 +93,8 @@ PASSAGES = (
     "does. Engineers design for both, and then for wind, for ice, and for the careless captain of a ship.",
     "The train was late again. Nobody on the platform complained; they looked at their telephones, or at the "
     "sky, and waited as people wait who have waited often.",
-    "To make a simple bread you need flour, water, salt and yeast. Mix them, knead the dough for ten minutes, "
-    "let it rise until it has doubled in size, and bake it in a hot oven.",
+    "To make a simple bread you need flour, water, salt and yeast. Mix them, knead the dough for ten "
+    "minutes, let it rise until it has doubled in size, and bake it in a hot oven.",
     "Sound needs something to travel through. In water it moves about four times as fast as in air, and in "
     "steel faster still, which is why you can hear a train in the rails before you hear it at all.",
 )
