@@ -27,8 +27,8 @@ ORDER = [
     "recipe",
     "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text",
     "tools.text_files", "tools.target_tables", "tools.flower_targets", "tools.photo_targets", "targets",
-    "tools.target_runs",
-    "tools.head_lab", "tools.ladder", "tools.widgets", "tools.exercises", "tools.exercises_15", "tools.exercises_18", "tools.cli",
+    "tools.target_runs", "tools.garden_notes", "tools.chats", "tools.language_models", "tools.upper_layers", "language",
+    "tools.head_lab", "tools.ladder", "tools.widgets", "tools.exercises", "tools.exercises_15", "tools.exercises_18", "tools.exercises_19", "tools.cli",
 ]
 
 
