@@ -25,7 +25,7 @@ ORDER = [
     "tools.cams", "tools.logits", "evaluation", "tools.charts", "tools.neighbours", "tools.report",
     "tools.watchers", "tools.phases", "tools.predict", "tools.artifact", "tools.tuner", "tools.fitting", "tools.resume", "tools.engine",
     "recipe",
-    "tools.detectors", "tools.boxes", "detection",
+    "tools.detectors", "tools.boxes", "tools.detector_race", "detection",
     "tools.ladder", "tools.widgets", "tools.exercises", "tools.exercises_17", "tools.cli",
 ]
 

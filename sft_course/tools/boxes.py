@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BoxCatalog', 'looks_like_xywh', 'looks_like_xyxy', 'read_coco', 'read_voc', 'read_yolo', 'read_boxes', 'BoxImages',
-           'load_images', 'scales', 'drawn_flowers', 'Found', 'to_coco', 'truth_to_coco', 'coco_scores', 'draw_boxes']
+           'load_images', 'scales', 'drawn_flowers', 'small_flowers', 'Found', 'to_coco', 'truth_to_coco',
+           'coco_scores', 'draw_boxes']
 
 # %% ../../nbs/tools/boxes.ipynb #d3003cd3
 import json, math
@@ -62,7 +63,7 @@ def _numbers(values: Sequence[Any]) -> list[float] | None:
     return out if len(out) == 4 and all(map(math.isfinite, out)) else None
 
 def _sound_boxes(image: _Image, size, classes, problems: list) -> tuple[np.ndarray, np.ndarray]:
-    "The boxes (k, 4) and labels (k,) that can be trained on; what is wrong with the others goes to `problems`."
+    "The boxes (k, 4) and labels (k,) to train on; what is wrong with the others goes to `problems`."
     (w, h), boxes, labels = size, [], []
     def note(kind, what): problems.append(Problem(image.file, kind, f"{image.where}: {what}"))
     for number, (box, name) in enumerate(zip(image.boxes, image.names), 1):
@@ -86,16 +87,16 @@ def _show(x: Sequence[float]) -> str: return ", ".join(f"{v:g}" for v in x)
 
 # %% ../../nbs/tools/boxes.ipynb #d09a9f50
 def looks_like_xywh(boxes: np.ndarray, sizes: np.ndarray) -> bool:
-    """Whether boxes (n, 4) given as corners are rather x, y, width, height: over a tenth have no area as corners,
-    and as x, y, width, height 98 in 100 fit into their images, whose (width, height) are `sizes` (n, 2)."""
+    """Whether boxes (n, 4) given as corners are rather x, y, width, height: over a tenth have no area as
+    corners, and as x, y, width, height 98 in 100 fit into their images, whose (width, height) are `sizes` (n, 2)."""
     if not len(boxes): return False
     corners = (boxes[:, 2:] > boxes[:, :2]).all(1)
     fits = ((boxes[:, :2] + boxes[:, 2:]) <= sizes + 1).all(1) & (boxes[:, 2:] > 0).all(1)
     return bool(corners.mean() < .9 and fits.mean() >= .98)
 
 def looks_like_xyxy(boxes: np.ndarray, sizes: np.ndarray) -> bool:
-    """Whether boxes (n, 4) given as x, y, width, height are rather corners: over a tenth reach over the edge, and
-    as corners 98 in 100 fit and have an area."""
+    """Whether boxes (n, 4) given as x, y, width, height are rather corners: over a tenth reach over the edge,
+    and as corners 98 in 100 fit and have an area."""
     if not len(boxes): return False
     over = ((boxes[:, :2] + boxes[:, 2:]) > sizes + 1).any(1)
     fits = (boxes[:, 2:] > boxes[:, :2]).all(1) & (boxes[:, 2:] <= sizes + 1).all(1)
@@ -104,17 +105,17 @@ def looks_like_xyxy(boxes: np.ndarray, sizes: np.ndarray) -> bool:
 # %% ../../nbs/tools/boxes.ipynb #d472f116
 def _require_order(images: list[_Image], sizes: list, as_read: str, source: str) -> None:
     "Raise `SFTError` where all boxes of a set seem to be written in another order than `source` promises."
-    rows = [(b, s) for image, s in zip(images, sizes) for box in image.boxes if (b := _numbers(box)) for s in [s]]
+    rows = [(b, s) for image, s in zip(images, sizes) for box in image.boxes if (b := _numbers(box))]
     if not rows: return
     boxes, size = np.array([b for b, _ in rows]), np.array([s for _, s in rows], float)
     if as_read == "xywh":
         given = np.c_[boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]  # as the file has them
         if looks_like_xyxy(given, size):
-            raise SFTError(f"{source}: read as x, y, width, height many boxes leave their images, read as two corners "
-                           "they fit; write x, y, width, height, as COCO does.")
+            raise SFTError(f"{source}: read as x, y, width, height many boxes leave their images, "
+                           "read as two corners they fit; write x, y, width, height, as COCO does.")
     elif looks_like_xywh(boxes, size):
-        raise SFTError(f"{source}: read as two corners many boxes have no area, read as x, y, width, height they fit; "
-                       "write xmin, ymin, xmax, ymax, as Pascal VOC does.")
+        raise SFTError(f"{source}: read as two corners many boxes have no area, read as "
+                       "x, y, width, height they fit; write xmin, ymin, xmax, ymax, as Pascal VOC does.")
 
 def _catalog(root: Path, classes: Sequence[str], images: list[_Image], problems: list, as_read: str,
              source: str) -> BoxCatalog:
@@ -123,12 +124,12 @@ def _catalog(root: Path, classes: Sequence[str], images: list[_Image], problems:
     for image in images:
         size = _size_of(root / image.file)
         if isinstance(size, str):
-            problems.append(Problem(image.file, "image", f"{image.where}: image {printable(image.file)} {size}; "
-                                    "it is left out."))
+            problems.append(Problem(image.file, "image", f"{image.where}: image {printable(image.file)} "
+                                    f"{size}; it is left out."))
             continue
         if image.size and image.size != size:
-            problems.append(Problem(image.file, "size", f"{image.where}: the image is said to be {image.size[0]} × "
-                                    f"{image.size[1]} and is {size[0]} × {size[1]}; its boxes may not fit."))
+            problems.append(Problem(image.file, "size", f"{image.where}: the image is said to be "
+                                    f"{image.size[0]} × {image.size[1]} and is {size[0]} × {size[1]}; its boxes may not fit."))
         there.append(image)
         sizes.append(size)
     _require_order(there, sizes, as_read, source)
@@ -143,9 +144,11 @@ def _catalog(root: Path, classes: Sequence[str], images: list[_Image], problems:
 def _json_of(file: Path) -> dict:
     try: data = json.loads(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as e:
-        raise SFTError(f"{file.name}: no JSON at line {e.lineno}, column {e.colno}: {e.msg}; write it anew.") from None
+        raise SFTError(f"{file.name}: no JSON at line {e.lineno}, column {e.colno}: {e.msg}; "
+                       "write it anew.") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise SFTError(f"{file.name}: it cannot be read ({type(e).__name__}); write it anew as UTF-8.") from None
+        raise SFTError(f"{file.name}: it cannot be read ({type(e).__name__}); write it anew "
+                       "as UTF-8.") from None
     lists = ("images", "annotations", "categories")
     if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in lists):
         raise SFTError(f"{file.name}: not COCO; it must hold the lists {', '.join(lists)}.")
@@ -165,8 +168,8 @@ def _category_names(file: str, data: dict, problems: list) -> dict[int, str]:
         raise SFTError(f"{file}: two categories have the same id or name; give each its own.")
     ids = sorted(named)
     if ids != list(range(1, len(ids) + 1)):
-        problems.append(Problem(file, "ids", f"{file}: category ids {', '.join(map(str, ids[:8]))} become labels 1 to "
-                                f"{len(ids)}; 0 is the background."))
+        problems.append(Problem(file, "ids", f"{file}: category ids {', '.join(map(str, ids[:8]))} become "
+                                f"labels 1 to {len(ids)}; 0 is the background."))
     return {k: named[k] for k in ids}
 
 def read_coco(file: str | Path, root: str | Path | None = None) -> BoxCatalog:
@@ -177,7 +180,8 @@ def read_coco(file: str | Path, root: str | Path | None = None) -> BoxCatalog:
     root, data = Path(root or file.parent), _json_of(file)
     named = _category_names(file.name, data, problems)
     try: images = {i["id"]: _Image(_found_in(root, str(i["file_name"])), f"{file.name}, image {i['id']}",
-                                   (i["width"], i["height"]) if {"width", "height"} <= set(i) else None, [], [])
+                                   (i["width"], i["height"]) if {"width", "height"} <= set(i) else None,
+                                   [], [])
                    for i in data["images"]}
     except (TypeError, KeyError):
         raise SFTError(f"{file.name}: each of the images needs an id and a file_name.") from None
@@ -186,8 +190,8 @@ def read_coco(file: str | Path, root: str | Path | None = None) -> BoxCatalog:
         if not isinstance(a, dict) or a.get("image_id") not in images:
             problems.append(Problem(file.name, "annotation", f"{where} belongs to no image; it is left out."))
         elif a.get("category_id") not in named:
-            problems.append(Problem(file.name, "class", f"{where} has category {a.get('category_id')!r}, which no "
-                                    "category has; it is left out."))
+            problems.append(Problem(file.name, "class", f"{where} has category {a.get('category_id')!r}, "
+                                    "which no category has; it is left out."))
         elif not a.get("iscrowd"):
             b = _numbers(a.get("bbox") or [])
             box = [b[0], b[1], b[0] + b[2], b[1] + b[3]] if b else a.get("bbox")
@@ -199,21 +203,24 @@ def read_coco(file: str | Path, root: str | Path | None = None) -> BoxCatalog:
 def _voc_image(root: Path, file: Path) -> _Image:
     "What one XML file says; ValueError with a sentence where it cannot be used."
     try: tree = ET.parse(file).getroot()
-    except ET.ParseError as e: raise ValueError(f"no XML at line {e.position[0]}, column {e.position[1] + 1}") from None
+    except ET.ParseError as e:
+        raise ValueError(f"no XML at line {e.position[0]}, column {e.position[1] + 1}") from None
     name, w, h = tree.findtext("filename"), tree.findtext("size/width"), tree.findtext("size/height")
     if not name: raise ValueError("it names no image (filename)")
     size = (int(w), int(h)) if w and h and w.isdigit() and h.isdigit() else None
     corners = ("xmin", "ymin", "xmax", "ymax")
     boxes = [[o.findtext(f"bndbox/{c}") for c in corners] for o in tree.iter("object")]
-    return _Image(_found_in(root, name), file.name, size, boxes, [o.findtext("name") or "?" for o in tree.iter("object")])
+    kinds = [o.findtext("name") or "?" for o in tree.iter("object")]
+    return _Image(_found_in(root, name), file.name, size, boxes, kinds)
 
 def read_voc(folder: str | Path, root: str | Path | None = None) -> BoxCatalog:
-    """The catalog of a folder of Pascal VOC XML files, classes in the order of their names; images lie in `root`
-    (by default the folder above) or its `images/` or `JPEGImages/`. A file that is no XML is left out."""
+    """The catalog of a folder of Pascal VOC XML files, classes in the order of their names; images lie in
+    `root` (by default the folder above) or its `images/` or `JPEGImages/`. A file that is no XML is left out."""
     folder, images, problems = Path(folder), [], []
     root = Path(root or folder.parent)
     files = sorted(folder.glob("*.xml"))
-    if not files: raise SFTError(f"{printable(folder.name)}: there is no .xml file; give the folder that holds them.")
+    if not files: raise SFTError(f"{printable(folder.name)}: there is no .xml file; give the folder "
+                                  "that holds them.")
     for file in files:
         try: images.append(_voc_image(root, file))
         except (ValueError, OSError) as e:
@@ -225,15 +232,18 @@ def read_voc(folder: str | Path, root: str | Path | None = None) -> BoxCatalog:
 def _yolo_names(root: Path) -> list[str]:
     import yaml
     file = next((f for f in (root / "data.yaml", root.parent / "data.yaml") if f.is_file()), None)
-    if file is None: raise SFTError(f"{printable(root.name)}: there is no data.yaml with the names of the classes.")
+    if file is None:
+        raise SFTError(f"{printable(root.name)}: there is no data.yaml; write one with the names of the classes.")
     try: names = yaml.safe_load(file.read_text(encoding="utf-8")).get("names")
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, OSError) as e:
         at = getattr(e, "problem_mark", None)
         place = f" at line {at.line + 1}" if at else ""
         raise SFTError(f"{file.name}: no YAML mapping{place}; write `names: [a, b]`.") from None
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))): names = [names[k] for k in range(len(names))]
+    if isinstance(names, dict) and set(names) == set(range(len(names))):
+        names = [names[k] for k in range(len(names))]
     if not isinstance(names, list) or not names:
-        raise SFTError(f"{file.name}: names must be a list, or numbered from 0 without holes; write `names: [a, b]`.")
+        raise SFTError(f"{file.name}: names must be a list, or numbered from 0 without holes; write "
+                       "`names: [a, b]`.")
     return [str(n) for n in names]
 
 def _yolo_image(file: str, text: Path, size: tuple[int, int], names: list[str], problems: list) -> _Image:
@@ -248,9 +258,12 @@ def _yolo_image(file: str, text: Path, size: tuple[int, int], names: list[str], 
         if not kind.isdigit() or x is None: why = "is not a class and four numbers"
         elif int(kind) >= len(names): why = f"has class {kind}, but data.yaml names 0 to {len(names) - 1}"
         elif max(x) > 1.5: why = "has numbers far above 1, and boxes are shares of the image"
-        if why: problems.append(Problem(file, "line", f"{printable(text.name)}, line {number} {why}; it is left out."))
+        if why:
+            what = f"{printable(text.name)}, line {number} {why}; it is left out."
+            problems.append(Problem(file, "line", what))
         else:
-            boxes.append([(x[0] - x[2] / 2) * w, (x[1] - x[3] / 2) * h, (x[0] + x[2] / 2) * w, (x[1] + x[3] / 2) * h])
+            half_w, half_h = x[2] / 2, x[3] / 2
+            boxes.append([(x[0] - half_w) * w, (x[1] - half_h) * h, (x[0] + half_w) * w, (x[1] + half_h) * h])
             labels.append(names[int(kind)])
     return _Image(file, text.name, None, boxes, labels)
 
@@ -262,7 +275,8 @@ def read_yolo(root: str | Path) -> BoxCatalog:
     known = {f.relative_to(root / "images").with_suffix("") for f in files}
     for text in sorted((root / "labels").rglob("*.txt")):
         if text.relative_to(root / "labels").with_suffix("") not in known:
-            problems.append(Problem(text.name, "image", f"{printable(text.name)}: there is no image of this name."))
+            what = f"{printable(text.name)}: there is no image of this name."
+            problems.append(Problem(text.name, "image", what))
     for f in files:
         size, inside = _size_of(f), f.relative_to(root / "images")
         text = (root / "labels" / inside).with_suffix(".txt")
@@ -272,8 +286,8 @@ def read_yolo(root: str | Path) -> BoxCatalog:
 
 # %% ../../nbs/tools/boxes.ipynb #dd6a590e
 def read_boxes(root: str | Path) -> BoxCatalog:
-    """The catalog of a folder: from its one COCO file (`coco.json`, `*.coco.json` or any other JSON file that is
-    alone), else from VOC files in `voc/`, `Annotations/` or the folder itself, else from YOLO's `labels/`."""
+    """The catalog of a folder: from its one COCO file (`coco.json`, `*.coco.json` or any other JSON file
+    that is alone), else from VOC files in `voc/`, `Annotations/` or the folder itself, else from YOLO's `labels/`."""
     root = Path(root)
     if not root.is_dir(): raise SFTError(f"{printable(root)}: there is no such folder.")
     files = sorted(root.glob("coco.json")) or sorted(root.glob("*.coco.json")) or sorted(root.glob("*.json"))
@@ -282,13 +296,13 @@ def read_boxes(root: str | Path) -> BoxCatalog:
         if any((root / name).glob("*.xml")): return read_voc(root / name, root)
     if (root / "labels").is_dir(): return read_yolo(root)
     many = f"{len(files)} JSON files, and none is called coco.json" if files else "no boxes"
-    raise SFTError(f"{printable(root.name)}: {many}; give a folder with coco.json, with voc/*.xml, or with labels/ and "
-                   "data.yaml.")
+    raise SFTError(f"{printable(root.name)}: {many}; give a folder with coco.json, with voc/*.xml, or "
+                   "with labels/ and data.yaml.")
 
 # %% ../../nbs/tools/boxes.ipynb #da78cddf
 @dataclass(frozen=True, eq=False)
 class BoxImages:
-    "n square images: `pixels`, uint8 (n, size, size, 3), and their `targets` in these pixels; `classes` by name."
+    "n square images: `pixels`, uint8 (n, size, size, 3), their `targets` in these pixels, `classes` by name."
     pixels: np.ndarray
     targets: BoxTargets
     classes: tuple[str, ...]
@@ -308,24 +322,47 @@ def load_images(catalog: BoxCatalog, size: int) -> BoxImages:
     for i, (file, (w, h)) in enumerate(zip(catalog.files, catalog.sizes)):
         try:
             with Image.open(catalog.root / file) as im:
-                pixels[i] = np.asarray(im.convert("RGB").resize((size, size), Image.Resampling.BOX if min(w, h) > size
-                                                                else Image.Resampling.BILINEAR))
+                how = Image.Resampling.BOX if min(w, h) > size else Image.Resampling.BILINEAR
+                pixels[i] = np.asarray(im.convert("RGB").resize((size, size), how))
         except OSError as e:
-            raise SFTError(f"{printable(file)}: the image cannot be decoded ({type(e).__name__}); take it out.") from None
+            raise SFTError(f"{printable(file)}: the image cannot be decoded ({type(e).__name__}); "
+                           "take it out.") from None
         boxes.append(torch.from_numpy(catalog.boxes[i] * np.array([size / w, size / h] * 2, np.float32)))
-    return BoxImages(pixels, BoxTargets(tuple(boxes), tuple(map(torch.from_numpy, catalog.labels))), catalog.classes)
+    labels = tuple(map(torch.from_numpy, catalog.labels))
+    return BoxImages(pixels, BoxTargets(tuple(boxes), labels), catalog.classes)
 
 def scales(catalog: BoxCatalog, size: int) -> list[np.ndarray]:
     "For each image the (4,) by which boxes in size × size pixels are multiplied to be in its own."
     return [np.array([w / size, h / size] * 2, np.float32) for w, h in catalog.sizes]
 
-def drawn_flowers(seeds: Iterable[int], flowers: Sequence[int], size: int = 128, domain: str = "garden") -> BoxImages:
-    "Blooms with exact boxes, one class: image i has `flowers[i % len(flowers)]` flowers, or fewer that can be seen."
+def drawn_flowers(seeds: Iterable[int], flowers: Sequence[int], size: int = 128,
+                  domain: str = "garden") -> BoxImages:
+    "Blooms with exact boxes, one class: image i has `flowers[i % len(flowers)]` flowers, less those hidden."
     from sft_course.tools.blooms import draw_bloom
     drawn = [draw_bloom(None, seed, size, domain, flowers[i % len(flowers)]) for i, seed in enumerate(seeds)]
     boxes = tuple(torch.from_numpy(b.boxes) for b in drawn)
     labels = tuple(torch.ones(len(b), dtype=torch.long) for b in boxes)
     return BoxImages(np.stack([b.image for b in drawn]), BoxTargets(boxes, labels), ("flower",))
+
+# %% ../../nbs/tools/boxes.ipynb #db887dfc
+def small_flowers(seeds: Iterable[int], size: int = 128, domain: str = "garden") -> BoxImages:
+    "Blooms of one flower each, its diameter 0.3 to 0.6 of the image's side, anywhere that shows all of it."
+    from sft_course.tools import blooms
+    pixels, boxes = [], []
+    for seed in seeds:
+        box, tries = None, 0
+        while box is None:  # what stands in front may hide it
+            rng = np.random.default_rng((seed, 17, tries))
+            d, tries = rng.uniform(.3, .6), tries + 1
+            place = size * rng.uniform(d / 2, 1 - d / 2, 2)
+            species = blooms.SPECIES[int(rng.integers(len(blooms.SPECIES)))]
+            canvas = blooms.set_out(domain, rng, size)
+            blooms.set_in(domain, rng, canvas, blooms.grow(rng, place, size * d / 2), species, 1, rng)
+            box = blooms.seen_box(canvas.owner, 1)
+        pixels.append(blooms.take_picture(domain, rng, canvas))
+        boxes.append(torch.from_numpy(box)[None])
+    one = torch.ones(1, dtype=torch.long)
+    return BoxImages(np.stack(pixels), BoxTargets(tuple(boxes), (one,) * len(boxes)), ("flower",))
 
 # %% ../../nbs/tools/boxes.ipynb #d7b9146c
 @dataclass(frozen=True, eq=False)
@@ -351,7 +388,8 @@ def truth_to_coco(targets: BoxTargets, classes: Sequence[str]) -> dict:
     notes = [{"image_id": i, "category_id": int(l), "iscrowd": 0,
               "bbox": [float(v) for v in (b[0], b[1], b[2] - b[0], b[3] - b[1])],
               "area": float((b[2] - b[0]) * (b[3] - b[1]))}
-             for i, (boxes, labels) in enumerate(zip(targets.boxes, targets.labels), 1) for b, l in zip(boxes, labels)]
+             for i, (boxes, labels) in enumerate(zip(targets.boxes, targets.labels), 1)
+             for b, l in zip(boxes, labels)]
     return {"images": [{"id": i + 1} for i in range(len(targets))],
             "categories": [{"id": k, "name": n} for k, n in enumerate(classes, 1)],
             "annotations": [{"id": k} | note for k, note in enumerate(notes, 1)]}
@@ -366,7 +404,8 @@ def coco_scores(found: Sequence[Found], targets: BoxTargets, classes: Sequence[s
         from pycocotools.cocoeval import COCOeval
     except ImportError:
         raise SFTError("pycocotools is not installed; pip install 'sft_course[detection]'.") from None
-    if len(found) != len(targets): raise SFTError(f"{len(found)} predictions for {len(targets)} images; give one for each.")
+    if len(found) != len(targets):
+        raise SFTError(f"{len(found)} predictions for {len(targets)} images; give one for each.")
     results = to_coco(found)
     if not results: return {"AP": 0., "AP50": 0., "AP75": 0.}  # pycocotools refuses an empty list
     with contextlib.redirect_stdout(io.StringIO()):
@@ -377,10 +416,10 @@ def coco_scores(found: Sequence[Found], targets: BoxTargets, classes: Sequence[s
         judge.evaluate(), judge.accumulate(), judge.summarize()
     return dict(zip(("AP", "AP50", "AP75"), map(float, judge.stats[:3])))
 
-# %% ../../nbs/tools/boxes.ipynb #dca7774b
-def draw_boxes(ax, image: np.ndarray, boxes: Iterable = (), texts: Sequence[str] = (), color: str | None = None,
-               width: float = 2.):
-    "An image on matplotlib axes without ticks, with boxes (k, 4) in its pixels and a word above each; returns ax."
+# %% ../../nbs/tools/boxes.ipynb #d91b23fa
+def draw_boxes(ax, image: np.ndarray | None, boxes: Iterable = (), texts: Sequence[str] = (),
+               color: str | None = None, width: float = 2.):
+    "An image on matplotlib axes, with boxes (k, 4) in its pixels and a word above each; returns the axes."
     from sft_course.tools.figures import PALETTE
     from matplotlib.patches import Rectangle
     color = color or PALETTE["tuned"]

@@ -39,9 +39,9 @@ class BoxTargets:
     def __add__(self, other: "BoxTargets") -> "BoxTargets":
         return BoxTargets(self.boxes + other.boxes, self.labels + other.labels)
 
-    def dicts(self) -> list[dict[str, torch.Tensor]]:
+    def dicts(self, device="cpu") -> list[dict[str, torch.Tensor]]:
         "As torchvision's detectors want them."
-        return [{"boxes": b, "labels": l} for b, l in zip(self.boxes, self.labels)]
+        return [{"boxes": b.to(device), "labels": l.to(device)} for b, l in zip(self.boxes, self.labels)]
 
 def _require_boxes(boxes: torch.Tensor, labels: torch.Tensor, row: int) -> None:
     "Raise `SFTError` for boxes that would end training, or train nothing."
@@ -98,7 +98,8 @@ def _is_chain(pieces: list[nn.Sequential], x: torch.Tensor, want: list[torch.Ten
         for piece, expected in zip(pieces, want):
             try: x = piece.eval()(x)
             except Exception: return False  # any network can be given here
-            if x.shape != expected.shape or not torch.allclose(x, expected, atol=1e-3, rtol=1e-3): return False
+            if x.shape != expected.shape: return False
+            if not torch.allclose(x, expected, atol=1e-3, rtol=1e-3): return False
     return True
 
 # %% ../../nbs/tools/detectors.ipynb #d986e410
@@ -123,6 +124,7 @@ class Detector(nn.Module):
         self.fcos = FCOS(pyramid, classes + 1, anchor_generator=anchors,
                          head=FCOSHead(channels, 1, classes + 1, convs), score_thresh=.05,
                          center_sampling_radius=3.)
+        self.fcos.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> "Detector":
         "As of any module, but the batch norms of the body stay in evaluation mode."
@@ -160,7 +162,8 @@ class Detector(nn.Module):
     def losses(self, outputs: dict[str, Any], targets: BoxTargets) -> dict[str, torch.Tensor]:
         "torchvision's three losses, each a mean over the locations inside a box."
         heads = {k: outputs[k] for k in ("cls_logits", "bbox_regression", "bbox_ctrness")}
-        return self.fcos.compute_loss(targets.dicts(), heads, outputs["anchors"], outputs["per_level"])
+        return self.fcos.compute_loss(targets.dicts(heads["cls_logits"].device), heads,
+                                      outputs["anchors"], outputs["per_level"])
 
     def decode(self, outputs: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
         "Boxes, scores and labels of each image, after non-maximum suppression."
