@@ -88,7 +88,8 @@ def _show(x: Sequence[float]) -> str: return ", ".join(f"{v:g}" for v in x)
 # %% ../../nbs/tools/boxes.ipynb #d09a9f50
 def looks_like_xywh(boxes: np.ndarray, sizes: np.ndarray) -> bool:
     """Whether boxes (n, 4) given as corners are rather x, y, width, height: over a tenth have no area as
-    corners, and as x, y, width, height 98 in 100 fit into their images, whose (width, height) are `sizes` (n, 2)."""
+    corners, and as x, y, width, height 98 in 100 fit into their images, whose (width, height) are
+    `sizes` (n, 2)."""
     if not len(boxes): return False
     corners = (boxes[:, 2:] > boxes[:, :2]).all(1)
     fits = ((boxes[:, :2] + boxes[:, 2:]) <= sizes + 1).all(1) & (boxes[:, 2:] > 0).all(1)
@@ -129,7 +130,8 @@ def _catalog(root: Path, classes: Sequence[str], images: list[_Image], problems:
             continue
         if image.size and image.size != size:
             problems.append(Problem(image.file, "size", f"{image.where}: the image is said to be "
-                                    f"{image.size[0]} × {image.size[1]} and is {size[0]} × {size[1]}; its boxes may not fit."))
+                                    f"{image.size[0]} × {image.size[1]} and is {size[0]} × "
+                                    f"{size[1]}; its boxes may not fit."))
         there.append(image)
         sizes.append(size)
     _require_order(there, sizes, as_read, source)
@@ -215,7 +217,8 @@ def _voc_image(root: Path, file: Path) -> _Image:
 
 def read_voc(folder: str | Path, root: str | Path | None = None) -> BoxCatalog:
     """The catalog of a folder of Pascal VOC XML files, classes in the order of their names; images lie in
-    `root` (by default the folder above) or its `images/` or `JPEGImages/`. A file that is no XML is left out."""
+    `root` (by default the folder above) or its `images/` or `JPEGImages/`. A file that is no XML is left
+    out."""
     folder, images, problems = Path(folder), [], []
     root = Path(root or folder.parent)
     files = sorted(folder.glob("*.xml"))
@@ -233,7 +236,8 @@ def _yolo_names(root: Path) -> list[str]:
     import yaml
     file = next((f for f in (root / "data.yaml", root.parent / "data.yaml") if f.is_file()), None)
     if file is None:
-        raise SFTError(f"{printable(root.name)}: there is no data.yaml; write one with the names of the classes.")
+        raise SFTError(f"{printable(root.name)}: there is no data.yaml; write one with the names "
+                       "of the classes.")
     try: names = yaml.safe_load(file.read_text(encoding="utf-8")).get("names")
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, OSError) as e:
         at = getattr(e, "problem_mark", None)
@@ -287,7 +291,8 @@ def read_yolo(root: str | Path) -> BoxCatalog:
 # %% ../../nbs/tools/boxes.ipynb #dd6a590e
 def read_boxes(root: str | Path) -> BoxCatalog:
     """The catalog of a folder: from its one COCO file (`coco.json`, `*.coco.json` or any other JSON file
-    that is alone), else from VOC files in `voc/`, `Annotations/` or the folder itself, else from YOLO's `labels/`."""
+    that is alone), else from VOC files in `voc/`, `Annotations/` or the folder itself, else from YOLO's
+    `labels/`."""
     root = Path(root)
     if not root.is_dir(): raise SFTError(f"{printable(root)}: there is no such folder.")
     files = sorted(root.glob("coco.json")) or sorted(root.glob("*.coco.json")) or sorted(root.glob("*.json"))
