@@ -148,7 +148,7 @@ def test_images_are_squeezed_with_their_boxes(folder):
     images = load_images(found, 32)
     assert images.pixels.shape == (3, 32, 32, 3)
     assert np.allclose(images.targets.boxes[0], [[3.2, 3.2, 19.2, 19.2]])
-    assert np.allclose(images.targets.boxes[0] * scales(found, 32)[0], found.boxes[0])
+    assert np.allclose(images.targets.boxes[0].numpy() * scales(found, 32)[0], found.boxes[0])
 
 
 @pytest.mark.skipif(not RACCOONS.is_dir(), reason="no photographs here")
@@ -160,7 +160,7 @@ def test_coco_and_voc_of_the_same_photographs_give_the_same_catalog(part):
     assert sorted(a.files) == sorted(b.files)
     for file, boxes, labels in zip(a.files, a.boxes, a.labels):
         assert boxes.shape == by_file[file][0].shape and np.array_equal(labels, by_file[file][1])
-        assert np.abs(boxes - by_file[file][0]).max() <= .51  # the XML files hold whole pixels
+        assert np.abs(boxes - by_file[file][0]).max() < 1  # the XML files hold whole pixels
 
 
 # ---- by hand against the libraries
