@@ -141,7 +141,7 @@ def fit_boxes(d: Detector, train: BoxImages, val: BoxImages, epochs: int, lr: fl
         found = _decoded(d, seen)
         total, n = loss(d.train()(seen), val.targets)
         return Score(total.item() / n,
-                     np.mean([average_precision(found, val.targets, t) for t in (.5, .7, .9)]), n)
+                     float(np.mean([average_precision(found, val.targets, t) for t in (.5, .7, .9)])), n)
     groups = [{"params": list(d.fcos.parameters()), "lr": lr}]
     if d.moving: groups += [{"params": list(d.pieces[1:].parameters()), "lr": lr / 10}]
     rate = schedule("cosine", epochs * len(batches(len(targets), batch_size)), .1)
