@@ -18,7 +18,7 @@ from .tools.chats import Chat, ChatProblem, encoding_fault, IGNORE
 from .tools.language_models import answer_spans
 from .tools.upper_layers import chat_data, Encoded, score_upper, swap_layers, UpperLayers
 from .loop import batches
-from .tools.training import fit, Fitted
+from .tools.training import fit, Fitted, lowest_loss
 from .schedules import schedule
 
 # %% ../nbs/19_language.ipynb #fbc23cd5
@@ -87,7 +87,7 @@ def fit_chats(model: nn.Module, tokenizer, train: Sequence[Chat], val: Sequence[
               lr: float = 1e-3, epochs: int = 3, batch_size: int = 8, seed: int = 0, rank: int | None = None,
               learn: str = "answers", max_tokens: int = 512, **how) -> Fitted:
     """Fine-tune the upper `layers` of a causal language model on the answers of chats; `model` then holds the
-    weights of the best epoch, by the share of `val` whose answers have every token right, then by loss.
+    weights of the epoch with the lowest loss on the answers of `val`.
 
     rank: of LoRA on these layers, merged in the end; None trains their weights. how: as in `fit`."""
     learned, problems = encode_chats(tokenizer, train, max_tokens, learn)
@@ -104,7 +104,7 @@ def fit_chats(model: nn.Module, tokenizer, train: Sequence[Chat], val: Sequence[
     optimizer = torch.optim.AdamW([p for p in part.parameters() if p.requires_grad], lr=lr, weight_decay=0.)
     plan = schedule("cosine", epochs * len(batches(len(learned), batch_size)))
     try: return fit(part, data, lambda part: score_upper(part, *held, lm_loss, exact_answers), optimizer,
-                    epochs, plan, loss=lm_loss, batch_size=batch_size, seed=seed, **how)
+                    epochs, plan, loss=lm_loss, choose=lowest_loss, batch_size=batch_size, seed=seed, **how)
     finally:
         if rank: swap_layers(part.layers, LoRA, LoRA.merged)
         model.eval()

@@ -25,11 +25,12 @@ ORDER = [
     "tools.cams", "tools.logits", "evaluation", "tools.charts", "tools.neighbours", "tools.report",
     "tools.watchers", "tools.phases", "tools.predict", "tools.artifact", "tools.tuner", "tools.fitting", "tools.resume", "tools.engine",
     "recipe",
-    "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text",
-    "tools.text_files", "tools.target_tables", "tools.flower_targets", "tools.photo_targets", "targets",
-    "tools.target_runs", "tools.garden_notes", "tools.chats", "tools.language_models", "tools.upper_layers", "language",
+    "tools.target_tables", "tools.flower_targets", "tools.photo_targets", "targets", "tools.target_runs",
     "tools.detectors", "tools.boxes", "tools.detector_race", "detection",
-    "tools.head_lab", "tools.ladder", "tools.widgets", "tools.exercises", "tools.exercises_15", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19", "tools.cli",
+    "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text", "tools.text_files",
+    "tools.garden_notes", "tools.chats", "tools.language_models", "tools.upper_layers", "language",
+    "tools.head_lab", "tools.ladder", "tools.widgets",
+    "tools.exercises", "tools.exercises_15", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19", "tools.cli",
 ]
 
 
