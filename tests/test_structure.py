@@ -25,7 +25,8 @@ ORDER = [
     "tools.cams", "tools.logits", "evaluation", "tools.charts", "tools.neighbours", "tools.report",
     "tools.watchers", "tools.phases", "tools.predict", "tools.artifact", "tools.tuner", "tools.fitting", "tools.resume", "tools.engine",
     "recipe",
-    "tools.ladder", "tools.widgets", "tools.exercises", "tools.cli",
+    "tools.masks", "tools.segmenters", "segmentation", "tools.mask_lab",
+    "tools.ladder", "tools.widgets", "tools.exercises", "tools.exercises_16", "tools.cli",
 ]
 
 
