@@ -192,8 +192,8 @@ def flip_back(x, view: int):
 def corners(length: int, size: int, overlap: int = 0) -> list[int]:
     "Where tiles of `size` begin on a side of `length`; neighbours have `overlap` or more in common."
     if not 0 <= overlap < size or size > length:
-        raise SFTError(f"tiles of {size} pixels with an overlap of {overlap} on {length} pixels: use a size up "
-                       f"to {length} and a smaller overlap.")
+        raise SFTError(f"tiles of {size} pixels with an overlap of {overlap} on {length} pixels: use a size "
+                       f"up to {length} and a smaller overlap.")
     count = -(-(length - overlap) // (size - overlap))
     return [round(i * (length - size) / max(count - 1, 1)) for i in range(count)]
 
