@@ -133,13 +133,14 @@ def fit(model: nn.Module, train: tuple, held: tuple | Callable[[nn.Module], Scor
 
     train, held: pairs of `inputs(rows)`, a batch on the device, and labels (n,); validation images choose the
     epoch; held may be a function of the model instead. enough(history): whether to stop early.
-    choose(history): the number of the best epoch. part: what of the model `inputs` pass through (all). before(epoch): puts the model into training mode (`model.train`).
-    watch(row): called with the history's new row after each epoch; a run that goes on is first given the
-    rows that it finds. checkpoint: a file, written after each epoch, with `also` in it, and gone on from if
-    it exists, unless `resume` is false: the same bits come out as without a stop. average: from
-    `average_weights`, evaluated and kept in place of the model. title: of the progress bar. how: as in
-    `train_epoch`. SIGINT and SIGTERM let the step end, save, and raise `Stopped`. Raises `Diverged` where a
-    loss is not finite; the model then holds the best weights, if there are any.
+    choose(history): the number of the best epoch. part: what of the model `inputs` pass through (all).
+    before(epoch): puts the model into training mode (`model.train`). watch(row): called with the history's
+    new row after each epoch; a run that goes on is first given the rows that it finds. checkpoint: a file,
+    written after each epoch, with `also` in it, and gone on from if it exists, unless `resume` is false: the
+    same bits come out as without a stop. average: from `average_weights`, evaluated and kept in place of the
+    model. title: of the progress bar. how: as in `train_epoch`. SIGINT and SIGTERM let the step end, save,
+    and raise `Stopped`. Raises `Diverged` where a loss is not finite; the model then holds the best weights,
+    if there are any.
     """
     if epochs < 1: raise SFTError(f"fit: epochs = {epochs}; use 1 or more.")
     file, judged = checkpoint and Path(checkpoint), model if average is None else average.module
