@@ -11,6 +11,7 @@ import math, numpy as np
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from .tools.settings import SFTError
+from .tools.files import plain_frame
 from .tools.logits import Evaluation, _finite, _softmax
 
 # %% ../nbs/08_evaluation.ipynb #aef63545
@@ -34,13 +35,12 @@ def confusion(e: Evaluation) -> np.ndarray:
 def confused_pairs(e: Evaluation, most: int = 10):
     """DataFrame of the `most` frequent confusions: `truth`, `taken for`, `pictures`, and their `share` of
     the pictures of that truth."""
-    import pandas as pd
     table = confusion(e)
     wrong = table * (1 - np.eye(len(table), dtype=int))
     order = [i for i in np.argsort(-wrong, axis=None, kind="stable")[:most] if wrong.flat[i]]
     rows = [(e.classes[i], e.classes[j], wrong[i, j], wrong[i, j] / table[i].sum())
             for i, j in (divmod(int(o), len(table)) for o in order)]
-    return pd.DataFrame(rows, columns=["truth", "taken for", "pictures", "share"])
+    return plain_frame(rows, ["truth", "taken for", "pictures", "share"])
 
 # %% ../nbs/08_evaluation.ipynb #c2d001f8
 def per_class(e: Evaluation):
@@ -53,7 +53,7 @@ def per_class(e: Evaluation):
         low, high = wilson(table.diagonal(), n)
         with np.errstate(invalid="ignore"):
             out |= {count: n, share: table.diagonal() / n, f"{share} low": low, f"{share} high": high}
-    return pd.DataFrame(out, index=pd.Index(e.classes, name="class"))
+    return pd.DataFrame(out, index=pd.Index(e.classes, dtype=object, name="class"))
 
 # %% ../nbs/08_evaluation.ipynb #9f52da03
 def mistakes(e: Evaluation, k: int = 12) -> np.ndarray:

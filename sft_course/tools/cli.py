@@ -527,11 +527,12 @@ def _asked(given: list[Path]) -> list[str]:
 
 def _predict_texts(folder: Path, given: list[Path], csv: Path | None, as_json: bool) -> None:
     "Print what a model says of texts, or write it to the table `csv`."
-    import pandas as pd
+    from sft_course.tools.files import plain_frame
     from sft_course.tools.text_files import predict_texts
     with _results(as_json) as done:
         said = predict_texts(folder, _asked(given))
-        rows = pd.DataFrame(said).drop(columns="probabilities")
+        columns = ["text", "label", "probability"]
+        rows = plain_frame(([r[c] for c in columns] for r in said), columns)
         if csv:
             _require_free(csv, lambda head: head.startswith("text,label,probability"), "--csv")
             with _writable(csv, "--csv") as temp: rows.to_csv(temp, index=False)

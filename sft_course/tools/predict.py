@@ -20,6 +20,7 @@ from PIL import Image
 from fastcore.basics import patch
 from torch import nn
 from .settings import expanded, SFTError
+from .files import plain_frame
 from .torch_state import own_torch_state
 from .catalog import printable
 from .folders import images_below
@@ -274,10 +275,9 @@ def predict_frame(self: Result, what: Any, top: int = 3, *, allow_url: bool = Fa
     Its columns: `path`; `label` and `probability`, `label_2` and `probability_2` and so on for the `top`
     most probable classes; `error`. what, allow_url: as of `predict`.
     """
-    import pandas as pd
     names = ["", *(f"_{k}" for k in range(2, min(top, len(self.classes)) + 1))]
     columns = ["path", *(f"{c}{name}" for name in names for c in ("label", "probability")), "error"]
     def row(p: Prediction) -> list:
         best = itertools.chain(*p.probabilities.items())
         return [p.path, *([None] * 2 * len(names) if p.error else best), p.error]
-    return pd.DataFrame(map(row, self.predict_stream(what, top, allow_url=allow_url)), columns=columns)
+    return plain_frame(map(row, self.predict_stream(what, top, allow_url=allow_url)), columns)
