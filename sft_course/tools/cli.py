@@ -338,7 +338,8 @@ def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None
 
     Ctrl-C and SIGTERM let a step end, save, and say how to go on.
     """
-    if _texts(folder):
+    from sft_course.tools.sentences import holds_texts
+    if holds_texts(folder):
         unfit = _given(backbone=backbone, weights=weights, image_size=image_size, batch_size=batch_size,
                        val=val, device=device, watch=watch, keep_checkpoint=keep_checkpoint or None)
         return _fit_texts(folder, _artifact(folder, out, name, resume), test, unfit, as_json,
@@ -354,12 +355,6 @@ def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None
         done(_summary(result, artifact))
 
 # %% ../../nbs/tools/cli.ipynb #txcli002
-def _texts(path: Path) -> bool:
-    "Whether `path` is a table of texts. What texts need is loaded only then."
-    if not path.is_file() or path.suffix.lower() not in (".csv", ".tsv", ".jsonl"): return False
-    from sft_course.tools.text_files import holds_texts
-    return holds_texts(path)
-
 def _fit_texts(file: Path, artifact: Path, test: Path | None, unfit: dict, as_json: bool,
                **recipe: Any) -> None:
     "Fit a table of texts, and say what came of it."
@@ -493,7 +488,8 @@ def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, as_
     A folder stands for the images in it. A file that cannot be read is named and skipped, and the exit status
     is 1 then. With a model of texts, each FILE is a text itself, or a table of texts.
     """
-    if (folder := _there(artifact)).is_dir() and _text_model(folder):
+    from sft_course.tools.sentences import is_text_model
+    if is_text_model(folder := _there(artifact)):
         return _predict_texts(folder, files, csv, as_json)
     from sft_course.tools.torch_state import pick_device
     from sft_course.tools.artifact import load_artifact
@@ -507,22 +503,12 @@ def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, as_
     if skipped: raise typer.Exit(1)
 
 # %% ../../nbs/tools/cli.ipynb #txcli003
-def _text_model(folder: Path) -> bool:
-    "Whether a model of texts lies there."
-    card = folder / "card.json"
-    try: return '"task": "text"' in card.read_text(encoding="utf-8")[:200]
-    except (OSError, ValueError): return False
-
 def _asked(given: list[Path]) -> list[str]:
     "Texts, as they are given or from tables."
+    from sft_course.tools.sentences import holds_texts, label_column, read_texts
     texts = []
     for one in given:
-        if not _texts(one):
-            texts.append(str(one))
-            continue
-        from sft_course.tools.sentences import read_texts
-        from sft_course.tools.text_files import label_column
-        texts += read_texts(one, label=label_column(one)).texts
+        texts += read_texts(one, label=label_column(one)).texts if holds_texts(one) else [str(one)]
     return texts
 
 def _predict_texts(folder: Path, given: list[Path], csv: Path | None, as_json: bool) -> None:

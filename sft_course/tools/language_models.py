@@ -10,6 +10,7 @@ import contextlib, copy, hashlib, importlib.util, logging
 from pathlib import Path
 import torch
 from torch import nn
+from .sentences import _no_bars
 from .settings import load_settings, SFTError
 from .chats import Chat
 from .files import _whole_folder
@@ -32,13 +33,11 @@ def bundled_file() -> Path:
 def quiet_transformers():
     "No progress bars and no notices of transformers inside the block."
     from transformers.utils import logging as theirs
-    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    level = theirs.get_verbosity()
     theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
-    try: yield
-    finally:
-        theirs.set_verbosity(level)
-        if bars: theirs.enable_progress_bar()
+    try:
+        with _no_bars(): yield
+    finally: theirs.set_verbosity(level)
 
 # %% ../../nbs/tools/language_models.ipynb #792ff508
 def _write_plain(path: Path, folder: Path) -> None:

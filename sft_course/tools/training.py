@@ -117,7 +117,7 @@ def _judge(model: nn.Module, held, epoch: int) -> dict[str, float]:
     if not math.isfinite(now.loss):
         raise Diverged(f"the validation loss became {now.loss} after epoch {epoch}; "
                        "use a smaller learning rate.")
-    return {"val_loss": now.loss, "val_accuracy": now.accuracy}
+    return {"val_loss": float(now.loss), "val_accuracy": float(now.accuracy)}  # a checkpoint takes plain ones
 
 # %% ../../nbs/tools/training.ipynb #601c71b8
 def fit(model: nn.Module, train: tuple, held: tuple | Callable[[nn.Module], Score],
