@@ -23,15 +23,16 @@ ORDER = [
     "tools.checkpoints", "tools.steps", "loop", "tools.training",
     "tools.surgery", "tools.activations", "tools.taps", "tools.heads", "freezing", "unfreezing", "tools.finder", "schedules",
     "tools.cams", "tools.logits", "evaluation", "tools.charts", "tools.neighbours", "tools.report",
-    "tools.watchers", "tools.phases", "tools.predict", "tools.artifact", "tools.tuner", "tools.fitting", "tools.resume", "tools.engine",
+    "tools.watchers", "tools.objectives", "tools.phases", "tools.predict", "tools.artifact", "tools.tuner", "tools.fitting", "tools.resume", "tools.engine",
     "recipe",
+    "objective", "tools.trick_lab",
     "tools.target_tables", "tools.flower_targets", "tools.photo_targets", "targets", "tools.target_runs",
     "tools.masks", "tools.segmenters", "segmentation", "tools.mask_lab",
     "tools.detectors", "tools.boxes", "tools.detector_race", "detection",
     "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text", "tools.text_files",
     "tools.garden_notes", "tools.chats", "tools.language_models", "tools.upper_layers", "language",
     "tools.head_lab", "tools.ladder", "tools.widgets",
-    "tools.exercises", "tools.exercises_15", "tools.exercises_16", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19", "tools.cli",
+    "tools.exercises", "tools.exercises_11", "tools.exercises_15", "tools.exercises_16", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19", "tools.cli",
 ]
 
 
