@@ -7,9 +7,9 @@ __all__ = ['REFERENCE', 'SETS', 'SIZE', 'EPOCHS', 'CODE', 'Trick', 'tricks', 'ta
            'bench', 'train_with', 'to_bits', 'from_bits', 'trick_run', 'tail_run', 'trick_runs', 'tail_runs',
            'differences', 'ranked', 'draw_ranking', 'draw_cases', 'race', 'beside']
 
-# %% ../../nbs/tools/trick_lab.ipynb #051286d5
+# %% ../../nbs/tools/trick_lab.ipynb #c9ca038d
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable
@@ -274,7 +274,7 @@ def tail_runs() -> pd.DataFrame:
             for s in range(3) for d in SETS for t in tail_tricks()]
     return recorded("11_tail", tail_run, grid, uses=(tail_tricks, *CODE))
 
-# %% ../../nbs/tools/trick_lab.ipynb #f1725098
+# %% ../../nbs/tools/trick_lab.ipynb #a1c5508a
 def _right(runs: pd.DataFrame) -> np.ndarray:
     "Share of the seeds (n,) with which each test image was right, the seeds in order."
     rows = runs.sort_values("seed")
@@ -297,12 +297,14 @@ def ranked(table: pd.DataFrame) -> pd.DataFrame:
     "A row for each trick, the best first: mean gain over the cases, interval, p, Holm's p, cases gained."
     rows = {}
     for trick, case in table.groupby("trick", sort=False):
-        about = {"val": case.val.mean(), "gained": (case["mean"] > 0).sum(), "cases": len(case)}
+        held = paired_difference(case.val)
+        about = {"val": held.mean, "val_low": held.low, "val_high": held.high}
+        about |= {"gained": (case["mean"] > 0).sum(), "cases": len(case)}
         rows[trick] = vars(paired_difference(case["mean"])) | about
     ranks = pd.DataFrame(rows).T.sort_values("mean", ascending=False)
     return ranks.assign(holm=holm(ranks.p))
 
-# %% ../../nbs/tools/trick_lab.ipynb #e73a7779
+# %% ../../nbs/tools/trick_lab.ipynb #e786dc03
 def _colour(low: float, high: float) -> str:
     "Gains, losses, and what cannot be told, each with its colour."
     if low > 0: return "tuned"
@@ -329,13 +331,14 @@ def draw_cases(table: pd.DataFrame):
     order = table.groupby("trick")["mean"].mean().sort_values(ascending=False).index
     cases = list(dict.fromkeys(zip(table.data, table.n)))
     fig, ax = plt.subplots(figsize=(1.05 * len(cases) + 2.2, .36 * len(order) + 1))
-    cells = table.set_index(["trick", "data", "n"])
-    values = np.array([[cells.loc[(t, *c), "mean"] for c in cases] for t in order])
+    cells = {(r.trick, r.data, r.n): r for r in table.rename(columns={"mean": "gain"}).itertuples()}
+    values = np.array([[cells[t, *c].gain if (t, *c) in cells else np.nan for c in cases] for t in order])
     ax.imshow(values, cmap="PuOr_r", vmin=-8, vmax=8, aspect="auto")
     for y, t in enumerate(order):
         for x, c in enumerate(cases):
-            r = cells.loc[(t, *c)]
-            text = f"{r['mean']:+.1f}" + "*" * int(r.holm < .05)
+            if (t, *c) not in cells: continue
+            r = cells[t, *c]
+            text = f"{r.gain:+.1f}" + "*" * int(r.holm < .05)
             weight = "bold" if r.low > 0 or r.high < 0 else "normal"
             ax.text(x, y, text, ha="center", va="center", fontsize=9, weight=weight)
     ax.set_xticks(range(len(cases)), [f"{d}\n{n} a class" for d, n in cases])
