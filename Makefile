@@ -9,7 +9,7 @@ LIBRARY := .venv/.ready-library
 READY := .venv/.ready-all
 BENCH := .venv-bench/bin
 BENCH_READY := .venv-bench/.ready
-NOTEBOOK_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 comma := ,
 
 help: ## what can be made
@@ -49,8 +49,8 @@ demo: $(LIBRARY) ## draw Blooms, fine-tune on them, compare with training from s
 
 test: $(READY) ## exports and README in sync, every notebook, pytest
 	$(BIN)/python -m pytest tests/test_sync.py
-	$(NOTEBOOK_THREADS) SFT_STRICT=1 $(BIN)/nbdev-test --n-workers 2 --timing nbs
-	$(BIN)/python -m pytest tests --ignore tests/test_sync.py
+	$(ONE_THREAD) SFT_STRICT=1 $(BIN)/nbdev-test --n-workers 2 --timing nbs
+	$(ONE_THREAD) $(BIN)/python -m pytest tests --ignore tests/test_sync.py --numprocesses 2 --dist loadfile
 
 test-long: $(READY) ## what `make test` leaves out: the other chapters on photographs, ten times the faults, every chapter in Chromium
 	$(BIN)/python -m pytest tests -m long
