@@ -6,7 +6,7 @@
 __all__ = ['NORMS', 'LAB_SETS', 'LAB_USES', 'WAYS', 'blooms_set', 'learn_rows', 'lab_set', 'test_pictures', 'photo_crops',
            'through', 'features', 'headed', 'soften', 'Norms', 'freeze_affine', 'tune', 'as_pretrained', 'judge',
            'start', 'accuracy', 'norms_run', 'norms_runs', 'refreshed_run', 'refreshed_runs', 'gradual_run',
-           'gradual_runs']
+           'gradual_runs', 'draw_runs']
 
 # %% ../../nbs/tools/unfreezing_lab.ipynb #ul000005
 import os
@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.optim.swa_utils import update_bn
+from .figures import PALETTE
 from .settings import load_settings, SFTError
 from .records import recorded
 from .blooms import blooms_folder
@@ -245,3 +246,20 @@ def gradual_runs() -> pd.DataFrame:
     parts = recorded("06_gradual", gradual_run, grid, uses=LAB_USES)
     still = norms_runs().query("norms == 'still'")
     return pd.concat([still.drop(columns="norms").assign(way="six at once"), parts], ignore_index=True)
+
+# %% ../../nbs/tools/unfreezing_lab.ipynb #ul000040
+def draw_runs(frame, column, names):
+    "A panel a data set, a row for each of `names`, a dot a seed; the dashed line is the head's mean."
+    import matplotlib.pyplot as plt
+
+    sets = [d for d in LAB_SETS if d in set(frame.data)]
+    fig, axes = plt.subplots(1, len(sets), figsize=(3.4 * len(sets), .7 + .4 * len(names)), sharey=True)
+    for ax, name in zip(axes, sets):
+        mine = frame[frame.data == name]
+        for y, kind in enumerate(names):
+            found = mine[mine[column] == kind].accuracy
+            ax.plot(found, [y] * len(found), "o", color=PALETTE["tuned"])
+        ax.axvline(mine["head"].mean(), color=PALETTE["frozen"], ls="--")
+        ax.set(title=name, xlabel="test accuracy", yticks=range(len(names)), yticklabels=names.values())
+    axes[0].invert_yaxis()
+    return fig
