@@ -15,7 +15,7 @@ PACKAGE = REPO / "sft_course"
 # The one order of all modules: each imports only modules before it.
 # The rooms behind a chapter stand before it, the chapters in reading order.
 ORDER = [
-    "tools.figures", "tools.settings", "tools.files", "tools.torch_state", "tools.records", "tools.blooms", "tools.datasets",
+    "tools.figures", "tools.diagrams", "tools.settings", "tools.files", "tools.torch_state", "tools.records", "tools.blooms", "tools.datasets",
     "core",
     "tools.budget", "tools.catalog", "tools.folders", "tools.tables", "tools.intake", "tools.given", "tools.decoding",
     "tools.pixels", "tools.copies", "tools.problems",
