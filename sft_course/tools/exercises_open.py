@@ -132,8 +132,7 @@ EXERCISES["00.5"] = _beats(
     _few_labels,
     lambda: labels_or_pixels(25, 32),
     0.03,
-    why="Fewer labels, more pixels: petals cannot be counted where they are two pixels wide. What the "
-    "network "
+    why="Fewer labels, more pixels: at 32 pixels little is left of a petal. What the network "
     "gets to see is as much a choice as how many images there are. The price is time: twice the side is "
     "four times the work.",
     hint="Labels are not the only thing one can have more of.",
@@ -400,9 +399,7 @@ EXERCISES["08.5"] = _beats(
     "accuracy on what is answered",
     why="A confidence need not be a true probability to be of use: it only has to be lower where the "
     "network "
-    "errs. That is why a temperature, which keeps the order for two classes and nearly so for more, "
-    "changes "
-    "little here.",
+    "errs. What the half that is left costs is another question: somebody has to look at it.",
     hint="What do the logits look like where the network errs? The largest doubts are not answered.",
     tempting=(
         lambda z: torch.zeros(len(z)),
