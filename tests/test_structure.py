@@ -15,7 +15,7 @@ PACKAGE = REPO / "sft_course"
 # The one order of all modules: each imports only modules before it.
 # The rooms behind a chapter stand before it, the chapters in reading order.
 ORDER = [
-    "tools.figures", "tools.settings", "tools.files", "tools.torch_state", "tools.records", "tools.blooms", "tools.datasets",
+    "tools.figures", "tools.diagrams", "tools.settings", "tools.files", "tools.torch_state", "tools.records", "tools.blooms", "tools.datasets",
     "core",
     "tools.budget", "tools.catalog", "tools.folders", "tools.tables", "tools.intake", "tools.given", "tools.decoding",
     "tools.pixels", "tools.copies", "tools.problems",
@@ -30,8 +30,11 @@ ORDER = [
     "tools.detectors", "tools.boxes", "tools.detector_race", "detection",
     "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text", "tools.text_files",
     "tools.garden_notes", "tools.chats", "tools.language_models", "tools.upper_layers", "language",
+    "tools.cheat_sheet", "answers",
     "tools.unfreezing_lab", "tools.head_lab", "tools.ladder", "tools.widgets",
-    "tools.exercises", "tools.exercises_15", "tools.exercises_16", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19", "tools.cli",
+    "tools.exercises", "tools.exercises_open",
+    "tools.exercises_15", "tools.exercises_16", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19",
+    "tools.exercises_23", "tools.cli",
 ]
 
 
