@@ -1,0 +1,13 @@
+// Headings of a wide table's box, so that the keyboard can scroll it; and the folded parts open before printing.
+for (const box of document.querySelectorAll(".cell_output, .table-wrapper, div.highlight pre")) {
+  if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
+}
+addEventListener("beforeprint", () => {
+  for (const details of document.querySelectorAll("details:not([open])")) {
+    details.dataset.closed = "";
+    details.open = true;
+  }
+});
+addEventListener("afterprint", () => {
+  for (const details of document.querySelectorAll("details[data-closed]")) details.open = false;
+});
