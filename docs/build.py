@@ -30,10 +30,10 @@ def main() -> int:
         print(f"docs: {' and '.join(missing())} not installed; install the project with its extra docs.", file=sys.stderr)
         return 1
     sys.path.insert(0, str(HERE))
-    import prepare
+    import sources
     from sphinx.cmd.build import build_main
 
-    prepare.prepare(out / "source")
+    sources.write_all(out / "source")
     shutil.rmtree(out / "html", ignore_errors=True)
     shutil.rmtree(out / "doctrees", ignore_errors=True)
     options = ["-W", "--keep-going", "-q", "-b", "html", "-c", str(HERE), "-d", str(out / "doctrees")]

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-import prepare  # noqa: E402
+import sources  # noqa: E402
 
 project = "sft_course"
 author = "The sft_course authors"
 project_copyright = author
-release = re.search(r'__version__ = "(.*)"', (prepare.REPO / "sft_course" / "__init__.py").read_text())[1]
+release = re.search(r'__version__ = "(.*)"', (sources.REPO / "sft_course" / "__init__.py").read_text())[1]
 version = release
 
 extensions = ["myst_nb", "sphinx.ext.mathjax"]

@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-import api
+import reference
 
 REPO = Path(__file__).resolve().parent.parent
 NBS = REPO / "nbs"
@@ -136,6 +136,8 @@ def heading_links(notebook: Notebook, colab: str) -> str:
 
 def clean_text(cell: dict, notebook: Notebook) -> dict:
     text = relink("".join(cell["source"]), notebook.file.parent, notebook.page)
+    if notebook.number and BADGE.search(text):  # the first cell: the title gets its number
+        text = re.sub(r"^# (?=\S)", f"# [{notebook.number}]{{.number}} ", text, count=1, flags=re.MULTILINE)
     text = BADGE.sub(lambda m: heading_links(notebook, m[1]), text)
     return {**cell, "source": text}
 
@@ -173,8 +175,10 @@ def join_imports(cells: list[dict]) -> list[dict]:
     joined = []
     for cell in cells:
         if joined and imports(cell) and imports(joined[-1]):
-            lines = joined[-1]["source"].splitlines() + cell["source"].splitlines()
-            joined[-1] = {**joined[-1], "source": "\n".join(dict.fromkeys(lines))}
+            known = joined[-1]["source"].splitlines()
+            whole = re.compile(r"(import|from)\b[^(]*$")
+            new = [line for line in cell["source"].splitlines() if not (line in known and whole.match(line))]
+            joined[-1] = {**joined[-1], "source": "\n".join(known + new)}
         else:
             joined.append(cell)
     return joined
@@ -244,13 +248,13 @@ def cards(listed: list[Notebook]) -> str:
 
 
 def landing_page(chapters: list[Notebook]) -> str:
-    "nbs/index.ipynb, with ways in below the first paragraph, and a card for each chapter instead of the table."
+    "nbs/index.ipynb, with ways in below the first example, and a card for each chapter instead of the table."
     cells = json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"]
     text = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
     text = name_pages(relink(text, NBS, "index"), "index")
     begin = f"[Begin with chapter {chapters[0].number}]({chapters[0].file.name})"
     ways = f"::::{{container}} ways\n{begin} [All chapters](#the-chapters) [The repository]({repository()})\n::::"
-    title, first, rest = text.split("\n\n", 2)
+    first, fence, rest = re.split(r"(^```\n\n)", text, maxsplit=1, flags=re.MULTILINE)
     parts = "\n".join(f"### {name}\n\n{cards(listed)}" for name, listed in parts_of(chapters).items())
     rest = re.sub(r"(?:^\|.*\n?)+", lambda _: parts, rest, count=1, flags=re.MULTILINE)
     trees = [toctree([(c.name, c.page) for c in listed], name) for name, listed in parts_of(chapters).items()]
@@ -259,7 +263,7 @@ def landing_page(chapters: list[Notebook]) -> str:
              "security": "Security"}
     present = [Path(new).stem for file, new in PAGES.items() if (REPO / file).is_file()]
     trees.append(toctree([(names[p], f"project/{p}") for p in names if p in present], "The project"))
-    return "\n\n".join([title, first, ways, rest, *trees])
+    return "\n\n".join([first + fence.strip(), ways, rest, *trees])
 
 
 def tools_page(tools: list[Notebook]) -> str:
@@ -268,7 +272,7 @@ def tools_page(tools: list[Notebook]) -> str:
     return f"# The tools\n\n{about}\n\n{rows}\n{toctree([(t.title, t.file.stem) for t in tools])}"
 
 
-def prepare(out: Path) -> None:
+def write_all(out: Path) -> None:
     "Writes all sources of the site into the folder `out`, which is made anew."
     shutil.rmtree(out, ignore_errors=True)
     chapters, tools = notebooks()
@@ -282,5 +286,5 @@ def prepare(out: Path) -> None:
             write(out / new, relink((REPO / file).read_text(encoding="utf-8"), (REPO / file).parent, new))
             for image in (REPO / file).parent.glob("*.png"):
                 shutil.copy(image, (out / new).parent)
-    for page, text in api.pages(chapters, tools):
+    for page, text in reference.pages(chapters, tools):
         write(out / "api" / f"{page}.md", text)

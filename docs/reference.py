@@ -3,6 +3,7 @@
 The modules are read, not imported. So the site can be built where PyTorch is not installed, and no module can fail on the way.
 """
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -10,6 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "sft_course"
+
+
+@functools.cache
+def module_of(name: str) -> "Module":
+    return Module(name)
 
 
 class Module:
@@ -218,7 +224,7 @@ def patches_elsewhere(module: Module) -> str:
 
 
 def module_page(notebook) -> str:
-    module = Module(notebook.module)
+    module = module_of(notebook.module)
     entries = [entry(module, name) for name in module.public]
     head = [f"# `sft_course.{notebook.module}`", notebook.subtitle, f"Explained in [{notebook.name}](../{notebook.page}.ipynb).",
             f"```{{py:module}} sft_course.{notebook.module}\n```"]
@@ -240,7 +246,7 @@ def overview(chapters: list, tools: list) -> str:
 
 
 def shown(name: str) -> list[str]:
-    module = Module(name)
+    module = module_of(name)
     return [n for n in module.public if entry(module, n)]
 
 
