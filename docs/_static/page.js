@@ -1,9 +1,9 @@
-// Headings of a wide table's box, so that the keyboard can scroll it; and the folded parts open before printing.
+// A wide table or code can be scrolled with the keyboard; hints and solutions are open on paper.
 for (const box of document.querySelectorAll(".cell_output, .table-wrapper, div.highlight pre")) {
   if (box.scrollWidth > box.clientWidth + 1) box.tabIndex = 0;
 }
 addEventListener("beforeprint", () => {
-  for (const details of document.querySelectorAll("details:not([open])")) {
+  for (const details of document.querySelectorAll("details:not(.hide):not([open])")) {
     details.dataset.closed = "";
     details.open = true;
   }
