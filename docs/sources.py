@@ -103,6 +103,8 @@ def place_of(target: str, folder: Path, page: str) -> str:
         new = there.relative_to(NBS).as_posix()
     elif there.is_relative_to(REPO / "images"):
         new = inside
+    elif there.suffix == ".png":  # it is copied beside the page
+        return there.name
     else:
         return f"{repository()}/{'tree' if there.is_dir() else 'blob'}/main/{inside}"
     return "../" * page.count("/") + new + hash_ + anchor
