@@ -137,7 +137,8 @@ def test_names_at_the_top_of_the_package_exist():
 
 
 def test_nothing_else_at_the_top_level():
-    known = {"settings.ini", "README.md", "nbs", "sft_course", "tests", "images", "pyproject.toml", "Makefile", "LICENSE", "CHANGELOG.md"}
+    known = {"settings.ini", "README.md", "nbs", "sft_course", "tests", "images", "pyproject.toml", "Makefile", "LICENSE", "CHANGELOG.md",
+             "docs", "CONTRIBUTING.md", "CITATION.cff", "SECURITY.md"}
     tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split()
     assert {t.split("/")[0] for t in tracked if not t.startswith(".")} <= known
 
