@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['HOUR', 'CHOICES', 'Tuned', 'tune']
 
-# %% ../../nbs/tools/tuning.ipynb #0776e7f1
-import math, time
-from collections import Counter
+# %% ../../nbs/tools/tuning.ipynb #678136e2
+import math, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -74,14 +73,16 @@ def _suggested(trial, start: Phase, space: Mapping[str, Any]) -> dict[str, Any]:
             settings[name] = trial.suggest_categorical(name, every)
     return settings
 
-# %% ../../nbs/tools/tuning.ipynb #1f4f5a43
+# %% ../../nbs/tools/tuning.ipynb #3309e0c1
 HOUR = 3600  # seconds without an epoch after which a database takes a trial for dead
 
 def _storage(optuna, out: Path | None, storage: str | None):
     "Where Optuna keeps the study."
     if storage:
         try:
-            return optuna.storages.RDBStorage(storage, heartbeat_interval=60, grace_period=HOUR)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the heartbeat
+                return optuna.storages.RDBStorage(storage, heartbeat_interval=60, grace_period=HOUR)
         except Exception as e:  # of the database: its own errors are many
             why = " ".join(str(e).split())[:100]
             raise SFTError(f"storage = {storage!r}: Optuna cannot open it ({why}); give an address such as "
@@ -324,7 +325,7 @@ def _search(optuna, study, tuner, folder, storage, trials, start, space, minutes
         if say:
             say(f"trial {trial.number}, of {trials}: {said}")
 
-# %% ../../nbs/tools/tuning.ipynb #9a116728
+# %% ../../nbs/tools/tuning.ipynb #80208423
 def _conclude(optuna, study, data, backbone, folder, start, space, choose, settings, say, how, tuner) -> Tuned:
     "Fit with the best settings and test, unless other processes still run trials."
     table = _table(study, space)
@@ -344,5 +345,6 @@ def _conclude(optuna, study, data, backbone, folder, start, space, choose, setti
         if say:
             say(f"trial {number} is chosen, by validation {choose}; now it is fitted and tested")
     with _lock(folder, "fit") if folder else nullcontext():
-        fitter = FineTuner(data, backbone, folder and folder / name, settings=settings, say=say, **how)
+        fitter = FineTuner(data, backbone, folder and folder / name, settings=settings,
+                           say=say or (lambda text: None), **how)
         return Tuned(table, chosen, fitter.run(*phases, resume=folder is not None))
