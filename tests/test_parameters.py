@@ -137,9 +137,9 @@ def test_a_killed_search_goes_on_with_the_trial_it_died_in(flowers, whole, tmp_p
     out = tmp_path / "search"
     die = """
         real = tuning._try
-        def dies(optuna, tuner, trial, phase, beat):
+        def dies(s, trial, phase):
             if trial.number == 2: os.kill(os.getpid(), 9)
-            return real(optuna, tuner, trial, phase, beat)
+            return real(s, trial, phase)
         tuning._try = dies
     """
     died = script(flowers, out, textwrap.indent(textwrap.dedent(die), "        ").strip())

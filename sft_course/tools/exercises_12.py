@@ -13,7 +13,7 @@ from .exercises import check, Exercise, EXERCISES
 # %% ../../nbs/tools/exercises_12.ipynb #c239fb35
 _all_ = ["check"]
 
-# %% ../../nbs/tools/exercises_12.ipynb #0a0d3c88
+# %% ../../nbs/tools/exercises_12.ipynb #025bd357
 EXERCISES["12.1"] = Exercise(
     right=lambda a: int(a) == a == 29,
     why=(
@@ -24,7 +24,7 @@ EXERCISES["12.1"] = Exercise(
     mistakes=(
         (lambda a: a == 28, "0.9 ** 28 = 0.052: one trial more."),
         (lambda a: a == 59, "59 is for the best twentieth: 0.95 ** 59 < 0.05."),
-        (lambda a: a == 10, "Ten trials hit a tenth once on average, and miss it in a third of all searches."),
+        (lambda a: a == 10, "Ten trials hit a tenth once on average; a third of such searches miss."),
     ),
     tempting=(28, 59, 10),
 )
@@ -54,7 +54,7 @@ EXERCISES["12.2"] = Exercise(
     tempting=(_straight_12, _from_top_12, _exponent_12),
 )
 
-# %% ../../nbs/tools/exercises_12.ipynb #d11a22d2
+# %% ../../nbs/tools/exercises_12.ipynb #4f148e6b
 _LOSSES_12 = np.array([.9, .4, .7, .5, 2.])
 _TEST_12 = np.array([.60, .70, .80, .75, .10])
 
@@ -78,7 +78,7 @@ EXERCISES["12.3"] = Exercise(
     hint="Print the losses and the one that is picked.",
     mistakes=(
         (lambda f: _same_12(f, _worst_12), "Still the trial with the highest loss."),
-        (lambda f: _same_12(f, _peeks_12), "That is the best test accuracy: the choice has looked at the test."),
+        (lambda f: _same_12(f, _peeks_12), "That is the best test accuracy: the choice looked at the test."),
     ),
     tempting=(_worst_12, _peeks_12),
 )

@@ -69,7 +69,7 @@ Seed = Annotated[Optional[int], typer.Option("--seed", help="One number, from 0 
 AsJson = Annotated[bool, typer.Option("--json",
     help="Print one JSON object, and nothing else, on standard output.")]
 
-# %% ../../nbs/tools/tune_command.ipynb #f8cc9b70
+# %% ../../nbs/tools/tune_command.ipynb #f523b1c6
 def _plain(value: Any) -> Any:
     "What JSON has: a number that is not finite or not there becomes null."
     if isinstance(value, float) and not math.isfinite(value):
@@ -82,7 +82,8 @@ def _summary(found, out: Path) -> dict[str, Any]:
     result = found.result
     made = {"trials": rows, "chosen": found.chosen, "out": str(out), "artifact": None}
     if result:
-        made |= {"artifact": str(result.folder), "accuracy": result.accuracy, "chosen_weights": result.card["chosen"],
+        made |= {"artifact": str(result.folder), "accuracy": result.accuracy,
+                 "chosen_weights": result.card["chosen"],
                  "head_accuracy": result.card["metrics"]["head_accuracy"]}
     return made
 

@@ -41,7 +41,7 @@ def _index(study, trial) -> int:
         attributes = by_number[number].user_attrs
     return number - sum("again" in t.user_attrs for n, t in by_number.items() if n < number)
 
-# %% ../../nbs/tools/tuning.ipynb #800121b2
+# %% ../../nbs/tools/tuning.ipynb #afcee0ba
 def _sampler(optuna, start: Phase, space: Mapping[str, Any], seed: int):
     "A sampler of Optuna that draws by number."
     class ByNumber(optuna.samplers.BaseSampler):
@@ -55,8 +55,8 @@ def _sampler(optuna, start: Phase, space: Mapping[str, Any], seed: int):
             index = _index(study, trial)
             if not index:
                 return getattr(start, name)
-            value = draw(space, index - 1, seed)[name]
-            return min(max(value, space[name].low), space[name].high) if isinstance(space[name], Range) else value
+            value, values = draw(space, index - 1, seed)[name], space[name]
+            return min(max(value, values.low), values.high) if isinstance(values, Range) else value
     return ByNumber()
 
 # %% ../../nbs/tools/tuning.ipynb #be4d3829
@@ -122,51 +122,61 @@ def _dead(out: Path, number: int) -> bool:
     except Timeout:
         return False
 
-# %% ../../nbs/tools/tuning.ipynb #bc7f470b
-def _bury(optuna, study, out: Path | None, storage: str | None) -> None:
+# %% ../../nbs/tools/tuning.ipynb #71c5eaed
+@dataclass(frozen=True, eq=False)
+class _Search:
+    "What a search is made of."
+    optuna: Any
+    study: Any
+    tuner: FineTuner
+    folder: Path | None
+    storage: str | None
+    start: Phase
+    space: Mapping[str, Any]
+    say: Callable[[str], Any]
+
+    def trials(self, *states: str) -> list:
+        "The trials in these states, or all."
+        return [t for t in self.study.get_trials(deepcopy=False) if not states or t.state.name in states]
+
+# %% ../../nbs/tools/tuning.ipynb #86699cdf
+def _bury(s: _Search) -> None:
     "Trials that are dead have failed; what failed and has not been repeated waits to be."
-    state = optuna.trial.TrialState
-    if storage:
-        optuna.storages.fail_stale_trials(study)
-    elif out:
-        for t in study.get_trials(deepcopy=False, states=(state.RUNNING,)):
-            if _dead(out, t.number):
-                study.tell(t.number, state=state.FAIL)
-    found = study.get_trials(deepcopy=False)
-    repeated = {t.user_attrs.get("again") for t in found}
-    for t in found:
-        if t.state == state.FAIL and t.number not in repeated:
-            study.enqueue_trial({}, user_attrs={"again": t.number})
+    if s.storage:
+        s.optuna.storages.fail_stale_trials(s.study)
+    elif s.folder:
+        for t in s.trials("RUNNING"):
+            if _dead(s.folder, t.number):
+                s.study.tell(t.number, state=s.optuna.trial.TrialState.FAIL)
+    repeated = {t.user_attrs.get("again") for t in s.trials()}
+    for t in s.trials("FAIL"):
+        if t.number not in repeated:
+            s.study.enqueue_trial({}, user_attrs={"again": t.number})
 
-# %% ../../nbs/tools/tuning.ipynb #b9d30468
-def _open_trials(optuna, study, trials: int) -> bool:
-    "Whether there is a trial left that nobody has begun."
-    begun = [t for t in study.get_trials(deepcopy=False) if t.state.name in ("COMPLETE", "PRUNED", "RUNNING")]
-    return len(begun) < trials
-
+# %% ../../nbs/tools/tuning.ipynb #df249d55
 @contextmanager
-def _next_trial(optuna, study, out: Path | None, storage: str | None, trials: int) -> Iterator[Any]:
-    "The next trial, claimed for this process; None where there is none left."
+def _next_trial(s: _Search, most: int) -> Iterator[Any]:
+    "The next trial, claimed for this process; None where `most` have been begun."
     held = nullcontext()
-    with _lock(out, "study") if out else nullcontext():
-        _bury(optuna, study, out, storage)
-        trial = study.ask() if _open_trials(optuna, study, trials) else None
-        if trial and out:
-            held = _lock(out, f"trial-{trial.number}").acquire()
+    with _lock(s.folder, "study") if s.folder else nullcontext():
+        _bury(s)
+        trial = s.study.ask() if len(s.trials("COMPLETE", "PRUNED", "RUNNING")) < most else None
+        if trial and s.folder:
+            held = _lock(s.folder, f"trial-{trial.number}").acquire()
     with held:
         yield trial
 
-# %% ../../nbs/tools/tuning.ipynb #e9a60440
-def _try(optuna, tuner: FineTuner, trial, phase: Phase, beat: Callable[[], Any]) -> dict[str, Any]:
+# %% ../../nbs/tools/tuning.ipynb #3d603690
+def _try(s: _Search, trial, phase: Phase) -> dict[str, Any]:
     "Train one phase from the head; raises `TrialPruned` where it is ended early. What is measured."
-    losses = []
+    tuner, losses, epochs = s.tuner, [], phase.epochs or 6
 
     def watch(row: dict) -> None:
-        beat()
+        _beat(s, trial)
         losses.append(row["val_loss"])
-        trial.report(row["val_loss"], round(100 * row["epoch"] / (phase.epochs or 6)))
-        if row["epoch"] < (phase.epochs or 6) and trial.should_prune():
-            raise optuna.TrialPruned
+        trial.report(row["val_loss"], round(100 * row["epoch"] / epochs))
+        if row["epoch"] < epochs and trial.should_prune():
+            raise s.optuna.TrialPruned
 
     began = time.perf_counter()
     tuner.backbone.model.load_state_dict(tuner.start)
@@ -177,43 +187,51 @@ def _try(optuna, tuner: FineTuner, trial, phase: Phase, beat: Callable[[], Any])
         tuner.watch = None
         trial.set_user_attr("epochs_run", len(losses))
         trial.set_user_attr("seconds", round(time.perf_counter() - began, 1))
-    if len(losses) < (phase.epochs or 6):  # the loss was not finite
-        raise optuna.TrialPruned
+    if len(losses) < epochs:  # the loss was not finite
+        raise s.optuna.TrialPruned
     score = tuner.tuned.score
     return {"val_loss": score.loss, "val_accuracy": score.accuracy}
 
-# %% ../../nbs/tools/tuning.ipynb #d7bc836b
-def _run_trial(optuna, study, trial, tuner: FineTuner, start: Phase, space, beat) -> str:
+def _beat(s: _Search, trial) -> None:
+    "Tell a database that the trial is alive."
+    if s.storage:
+        s.study._storage.record_heartbeat(trial._trial_id)
+
+# %% ../../nbs/tools/tuning.ipynb #5890a7e2
+def _run_trial(s: _Search, trial) -> str:
     "Run one trial and tell the study; a sentence about it."
-    state = optuna.trial.TrialState
-    settings = _suggested(trial, start, space)
+    state = s.optuna.trial.TrialState
+    settings = _suggested(trial, s.start, s.space)
     named = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
                       for name, value in settings.items())
+    _beat(s, trial)
     try:
-        found = _try(optuna, tuner, trial, replace(start, **settings), beat)
-    except optuna.TrialPruned:
-        study.tell(trial, state=state.PRUNED)
+        found = _try(s, trial, replace(s.start, **settings))
+    except s.optuna.TrialPruned:
+        s.study.tell(trial, state=state.PRUNED)
         return f"{named}: ended early"
     except BaseException:
-        study.tell(trial, state=state.FAIL)
+        s.study.tell(trial, state=state.FAIL)
         raise
     for name, value in found.items():
         trial.set_user_attr(name, value)
-    study.tell(trial, found["val_loss"])
+    s.study.tell(trial, found["val_loss"])
     return f"{named}: validation loss {found['val_loss']:.3f}, accuracy {found['val_accuracy']:.3f}"
 
-# %% ../../nbs/tools/tuning.ipynb #57306935
+# %% ../../nbs/tools/tuning.ipynb #54b6074d
 CHOICES = {"loss": ["val_loss", "val_accuracy"], "accuracy": ["val_accuracy", "val_loss"]}
+
+_MEASURED = ("val_loss", "val_accuracy", "epochs_run", "seconds")
+_ENDED = {"COMPLETE": "complete", "PRUNED": "ended early"}
 
 def _table(study, space: Mapping[str, Any]) -> pd.DataFrame:
     "A row for each trial that has ended, by its number."
     rows = []
     for t in study.get_trials(deepcopy=False):
-        if t.state.name in ("COMPLETE", "PRUNED"):
-            rows.append({"trial": t.number, **{name: t.params.get(name) for name in space},
-                         **{name: t.user_attrs.get(name) for name in ("val_loss", "val_accuracy", "epochs_run",
-                                                                     "seconds")},
-                         "state": "complete" if t.state.name == "COMPLETE" else "ended early"})
+        if t.state.name in _ENDED:
+            settings = {name: t.params.get(name) for name in space}
+            measured = {name: t.user_attrs.get(name) for name in _MEASURED}
+            rows.append({"trial": t.number, **settings, **measured, "state": _ENDED[t.state.name]})
     return pd.DataFrame(rows)
 
 def _best(table: pd.DataFrame, choose: str) -> pd.Series | None:
@@ -265,7 +283,7 @@ def _place_of(out: str | Path | None) -> Path | None:
         raise SFTError(f"{folder}: this exists and holds no search; give another folder.")
     return folder
 
-# %% ../../nbs/tools/tuning.ipynb #d6a88b8b
+# %% ../../nbs/tools/tuning.ipynb #7ddac144
 def tune(data, backbone: str | Backbone | nn.Module | None = None, out: str | Path | None = None, *,
          trials: int = 16, space: Mapping[str, Any] = SPACE, start: Phase = Phase(6, batch_size=8),
          choose: str = "loss", minutes: float | None = None, prune: bool = True, storage: str | None = None,
@@ -284,18 +302,25 @@ def tune(data, backbone: str | Backbone | nn.Module | None = None, out: str | Pa
     _require_search(trials, space, start, choose, minutes)
     optuna = _optuna()
     settings = settings or load_settings()
-    backbone = settings.backbone if backbone is None else backbone
     folder = _place_of(out)
-    tuner = FineTuner(data, backbone, settings=settings, **how)
-    study = _study(optuna, tuner, folder, storage, start, space, prune, sampler)
-    tuner.run_phase(Phase("head"))
-    if _can_gain(tuner):
-        _search(optuna, study, tuner, folder, storage, trials, start, space, minutes, say)
-    elif say:
-        say("the head makes no error on the validation images, so there is nothing to search for")
-    return _conclude(optuna, study, data, backbone, folder, start, space, choose, settings, say, how, tuner)
+    network = settings.backbone if backbone is None else backbone
 
-# %% ../../nbs/tools/tuning.ipynb #3c882380
+    def tuner(folder=None):
+        return FineTuner(data, network, folder, settings=settings, say=say or _silent, **how)
+
+    first = tuner()
+    study = _study(optuna, first, folder, storage, start, space, prune, sampler)
+    s = _Search(optuna, study, first.run_phase(Phase("head")), folder, storage, start, space, say or _silent)
+    if _can_gain(first):
+        _search(s, trials, minutes)
+    else:
+        s.say("the head makes no error on the validation images, so there is nothing to search for")
+    return _conclude(s, choose, tuner)
+
+def _silent(text: str) -> None:
+    "For whoever does not listen."
+
+# %% ../../nbs/tools/tuning.ipynb #d9b00670
 def _study(optuna, tuner, folder, storage, start, space, prune, sampler):
     "The study, begun or found."
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4) if prune else optuna.pruners.NopPruner()
@@ -306,45 +331,37 @@ def _study(optuna, tuner, folder, storage, start, space, prune, sampler):
         _require_same(study, _plan_of(tuner, start, space), storage or f"{folder}")
     return study
 
-def _search(optuna, study, tuner, folder, storage, trials, start, space, minutes, say) -> None:
-    "Trials, until there are none left or the time is over."
-    began = time.monotonic()
-    first = True
-    while first or minutes is None or time.monotonic() < began + 60 * minutes:
-        first = False
-        with _next_trial(optuna, study, folder, storage, trials) as trial:
+def _search(s: _Search, trials: int, minutes: float | None) -> None:
+    "Trials, until there are none left or the time is over; one at least."
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    while True:
+        with _next_trial(s, trials) as trial:
             if trial is None:
                 return
-            def beat():
-                storage and study._storage.record_heartbeat(trial._trial_id)
-            beat()
-            said = _run_trial(optuna, study, trial, tuner, start, space, beat)
-        if folder:
-            with _lock(folder, "study"), whole_file(folder / "trials.csv") as temp:
-                _table(study, space).to_csv(temp, index=False)
-        if say:
-            say(f"trial {trial.number}, of {trials}: {said}")
+            said = _run_trial(s, trial)
+        if s.folder:
+            with _lock(s.folder, "study"), whole_file(s.folder / "trials.csv") as temp:
+                _table(s.study, s.space).to_csv(temp, index=False)
+        s.say(f"trial {trial.number} (of {trials}): {said}")
+        if time.monotonic() > end:
+            return
 
-# %% ../../nbs/tools/tuning.ipynb #80208423
-def _conclude(optuna, study, data, backbone, folder, start, space, choose, settings, say, how, tuner) -> Tuned:
+# %% ../../nbs/tools/tuning.ipynb #57e854dc
+def _conclude(s: _Search, choose: str, tuner: Callable[..., FineTuner]) -> Tuned:
     "Fit with the best settings and test, unless other processes still run trials."
-    table = _table(study, space)
-    running = [t for t in study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.RUNNING]
-    if running:
-        if say:
-            say(f"{len(running)} trials still run elsewhere; the process that ends last chooses and fits")
+    table = _table(s.study, s.space)
+    if running := s.trials("RUNNING"):
+        s.say(f"{len(running)} trials still run elsewhere; the process that ends last chooses and fits")
         return Tuned(table, None, None)
     phases, chosen, name = (Phase("head"),), None, "trial-none"
-    if _can_gain(tuner):
+    if _can_gain(s.tuner):
         best = _best(table, choose)
         if best is None:
             raise SFTError(f"none of {len(table)} trials ended well; search smaller learning rates.")
         number = int(best.trial)
-        chosen = study.trials[number].params
-        phases, name = (*phases, replace(start, **chosen)), f"trial-{number}"
-        if say:
-            say(f"trial {number} is chosen, by validation {choose}; now it is fitted and tested")
-    with _lock(folder, "fit") if folder else nullcontext():
-        fitter = FineTuner(data, backbone, folder and folder / name, settings=settings,
-                           say=say or (lambda text: None), **how)
-        return Tuned(table, chosen, fitter.run(*phases, resume=folder is not None))
+        chosen = s.study.trials[number].params
+        phases, name = (*phases, replace(s.start, **chosen)), f"trial-{number}"
+        s.say(f"trial {number} is chosen, by validation {choose}; now it is fitted and tested")
+    with _lock(s.folder, "fit") if s.folder else nullcontext():
+        fitter = tuner(s.folder and s.folder / name)
+        return Tuned(table, chosen, fitter.run(*phases, resume=s.folder is not None))
