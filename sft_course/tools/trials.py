@@ -140,9 +140,9 @@ def rate_run(data: str, per_class: int, seed: int, optimizer: str, batch_size: i
     losses = [row["val_loss"] for row in history]
     return _row(tuner, val, losses, _test_score(tuner, phase))
 
-# %% ../../nbs/tools/trials.ipynb #1b9a6562
-PROBLEMS = tuple((data, n, seed) for n, seed in ((10, 0), (40, 0), (10, 1))
-                 for data in ("ants_bees", "garden", "night", "hands"))
+# %% ../../nbs/tools/trials.ipynb #c22cea9c
+PROBLEMS = (*((data, 10, 0) for data in DATA),
+            ("ants_bees", 40, 0),)
 USES = (trial_catalog, problem.__wrapped__, trial_settings, draw, _test_score, _row)
 
 def trial_runs(problems: tuple = PROBLEMS) -> pd.DataFrame:
