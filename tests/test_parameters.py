@@ -245,7 +245,7 @@ def test_tune_on_photographs_of_hands(tmp_path):
 
 
 @pytest.mark.parametrize("words, sentence", [
-    (["--search", "lt=1,2"], "did you mean lr"),
+    (["--search", "lrs=1,2"], "did you mean lr"),
     (["--search", "lr"], "write lr=1e-4:1e-2"),
     (["--search", "lr=1:2:3"], "a range has two numbers"),
     (["--trials", "0"], "1 or more"),
