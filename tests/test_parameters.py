@@ -22,7 +22,7 @@ from sft_course.tools.settings import SFTError
 
 optuna = pytest.importorskip("optuna")
 
-from sft_course.tools import tune_command  # noqa: E402
+from sft_course.tools import tune_command, tuning  # noqa: E402
 from sft_course.tools.tuning import tune  # noqa: E402
 
 REPO = Path(__file__).parent.parent
@@ -235,6 +235,14 @@ def test_the_command_on_flowers(app, flowers, tmp_path):
         assert ran.exit_code == 0, ran.output
         told = json.loads(ran.stdout)
         assert len(told["trials"]) == 2 and Path(told["artifact"]).is_dir()
+
+
+def test_ctrl_c_says_how_to_go_on(app, flowers, tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(tuning, "tune", stopped)
+    ran = run(app, flowers, "--out", tmp_path / "s")
+    assert ran.exit_code == 130 and "the same command goes on" in ran.output
 
 
 @pytest.mark.skipif(not (PHOTOS / "hands").is_dir(), reason="the photographs are not here")

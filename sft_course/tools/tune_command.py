@@ -91,7 +91,7 @@ def _progress(text: str) -> None:
     "A line that says how far the search is."
     print(text, file=sys.stderr, flush=True)
 
-# %% ../../nbs/tools/tune_command.ipynb #98dff20f
+# %% ../../nbs/tools/tune_command.ipynb #7682b4d4
 def tune(folder: Data, out: Out = None, trials: Trials = 16, search: Search = None, minutes: Minutes = None,
          choose: Choose = "loss", no_prune: NoPrune = False, storage: Storage = None, backbone: Net = None,
          image_size: Size = None, seed: Seed = None, as_json: AsJson = False) -> None:
@@ -113,8 +113,13 @@ def tune(folder: Data, out: Out = None, trials: Trials = 16, search: Search = No
     space = searched(search) or SPACE
     stdout = sys.stdout
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        found = run(folder, out=out, trials=trials, space=space, minutes=minutes, choose=choose,
-                    prune=not no_prune, storage=storage, settings=settings, say=_progress)
+        try:
+            found = run(folder, out=out, trials=trials, space=space, minutes=minutes, choose=choose,
+                        prune=not no_prune, storage=storage, settings=settings, say=_progress)
+        except KeyboardInterrupt as stop:
+            _progress(f"sft-course: stopped; {out} holds the trials that have ended; "
+                      "the same command goes on with the others")
+            raise typer.Exit(128 + getattr(stop, "signal", 2)) from None
         print(found.trials.to_string(index=False) if len(found.trials) else "no trial was needed")
         if found.result:
             metrics = found.result.card["metrics"]
