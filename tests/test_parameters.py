@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import typer
-from sft_course.parameters import expected_choice, explained, importance
 from typer.testing import CliRunner
 
+from sft_course.parameters import expected_choice, explained, importance
 from sft_course.tools.blooms import write_blooms
 from sft_course.tools.intake import scan
 from sft_course.tools.phases import Phase
