@@ -1189,28 +1189,6 @@ EXERCISES["05.5"] = Exercise(
     tempting=(_by_row, _repeated, _one_fold, _by_view),
 )
 
-# %% ../../nbs/tools/exercises.ipynb #cc700577
-def _close(a: Any, b: float) -> bool:
-    return abs(float(a) / b - 1) < 1e-2
-
-EXERCISES["06.1"] = Exercise(
-    right=lambda a: _close(a, 0.001 * 0.5**9),
-    why=(
-        "Nine steps down, each halves the rate: a five-hundredth of the head's, 0.000002. The first "
-        "stage hardly moves."
-    ),
-    hint="The head has the full rate; count the steps from the tenth stage to the first.",
-    mistakes=(
-        (lambda a: _close(a, 0.001 * 0.5**10), "One step too many: the head itself is not decayed."),
-        (lambda a: _close(a, 0.001), "That is the rate of the head."),
-        (
-            lambda a: _close(a, 0.001 * 0.5 / 9) or _close(a, 0.001 / 9) or _close(a, 0.0005),
-            "The factor applies again at each stage: a power.",
-        ),
-    ),
-    tempting=(0.001 * 0.5**10, 0.001, 0.0005),
-)
-
 # %% ../../nbs/tools/exercises.ipynb #512076c1
 def _scaled_steps(obey: Callable) -> dict[str, float]:
     """How far each of three parameters goes in a step of SGD, without a default rate, on a gradient of ones;

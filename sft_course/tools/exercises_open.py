@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PER_CLASS', 'flowers', 'train_rows', 'val_rows', 'seen', 'labels_or_pixels', 'spoiled_labels', 'after_keeping',
-           'stage_slices', 'head_on', 'spoiled_diameters', 'error_with', 'loop_with', 'head_with', 'distance_left',
-           'said', 'right_of_answered', 'recipe_with', 'check']
+           'stage_slices', 'head_on', 'spoiled_diameters', 'error_with', 'loop_with', 'head_with', 'tuned_with',
+           'distance_left', 'said', 'right_of_answered', 'recipe_with', 'check']
 
 # %% ../../nbs/tools/exercises_open.ipynb #ox000005
 import math
@@ -21,7 +21,8 @@ from .settings import SFTError
 from .blooms import draw_bloom, SPECIES
 from ..data import plain_view, random_view, to_input
 from .opening import open_backbone
-from ..loop import batches
+from ..backbones import new_head
+from ..loop import batches, score
 from .taps import stage_features
 from .heads import fit_head
 from .exercises import check, Exercise, EXERCISES
@@ -333,6 +334,39 @@ EXERCISES["05.6"] = _beats(
     "how much "
     "weight decay?",
     tempting=({"weight_decay": 1e-3}, {"weight_decay": 1e4}, {"every_stage": True, "weight_decay": 1e-5}),
+)
+
+# %% ../../nbs/tools/exercises_open.ipynb #ox060002
+@lru_cache(maxsize=64)
+@own_torch_state()
+def tuned_with(stages: int = 6, head_decay: float = 0.01, lr: float = 3e-4) -> float:
+    """Validation loss after `stages` upper stages were trained for four epochs on ten flowers a species, at a
+    peak learning rate `lr`, from a head that was fitted with weight decay `head_decay`."""
+    from sft_course.tools.unfreezing_lab import features, through, tune
+
+    _whole("stages", stages, 2, 6)
+    if not (1e-4 <= head_decay <= 100 and 1e-6 <= lr <= 0.1):
+        raise SFTError("head_decay from 0.0001 to 100, lr from 1e-6 to 0.1, please.")
+    rows, held = train_rows(10), val_rows()
+    pixels, labels, _ = flowers()
+    net = new_head(open_backbone("lite0"), len(SPECIES), 0)
+    W, b = fit_head(features(net, pixels[rows]), labels[rows], len(SPECIES), head_decay)
+    with torch.no_grad():
+        net.head.weight.copy_(W)
+        net.head.bias.copy_(b)
+    tune(net, pixels[rows], labels[rows], stages, lr, 0, epochs=4)
+    view = plain_view(len(held), 64 / pixels.shape[1])
+    return score(through(net.model, pixels[held], view), labels[held]).loss
+
+EXERCISES["06.1"] = _beats(
+    lambda a: tuned_with(**a),
+    tuned_with,
+    -0.1,
+    "validation loss",
+    why="A soft head has small weights: the first steps move the features less far from under it. How many "
+    "stages train, and how fast, matters less here.",
+    hint="The row starts from a sharp head. Which start did the chapter find better?",
+    tempting=({"lr": 1e-2}, {"head_decay": 1e-4}, {"stages": 2, "head_decay": 1e-4}),
 )
 
 # %% ../../nbs/tools/exercises_open.ipynb #ox000033
