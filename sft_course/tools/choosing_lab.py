@@ -25,8 +25,7 @@ from ..choosing import cross_val_logits, h_score, knn_accuracy, logme
 
 # %% ../../nbs/tools/choosing_lab.ipynb #88778892
 CANDIDATES = {"random@64": ("random", 64), "lite0@64": ("lite0", 64), "lite1@64": ("lite1", 64),
-              "lite2@64": ("lite2", 64), "lite0@96": ("lite0", 96), "lite2@96": ("lite2", 96),
-              "lite0@128": ("lite0", 128)}
+              "lite2@64": ("lite2", 64), "lite0@96": ("lite0", 96), "lite2@96": ("lite2", 96)}
 TUNED = ("lite0@64", "lite1@64", "lite2@64", "lite0@96", "lite2@96")
 IMAGENET = {"lite0": 75.1, "lite1": 76.7, "lite2": 77.6, "random": .1}  # of TensorFlow's EfficientNet-lite
 DATA = ("ants_bees", "hands", "garden", "night")
@@ -127,18 +126,16 @@ def tuned_run(candidate: str, data: str, n: int, seed: int) -> dict[str, float]:
 # %% ../../nbs/tools/choosing_lab.ipynb #80b61165
 def score_runs() -> pd.DataFrame:
     "The recorded scores, a row for each candidate, data set, number of images a class, and seed."
-    grid = [{"candidate": c, "data": d, "n": n, "seed": s} for c in CANDIDATES for d in DATA
-            for n in (10, 40) for s in range(3)]
-    more = [{"candidate": "lite0@96", "data": d, "n": n, "seed": s, "every": True} for d in DATA
-            for n in (10, 40) for s in range(3)]
-    grid = [g | {"every": False} for g in grid] + more
+    draws = [{"data": d, "n": n, "seed": s} for d in DATA for n in (10, 40) for s in range(3)]
+    grid = [{"candidate": c} | draw | {"every": False} for c in CANDIDATES for draw in draws]
+    grid += [{"candidate": "lite0@96"} | draw | {"every": True} for draw in draws if draw["n"] == 10]
     return recorded("10_scores", scores_run, grid, uses=(*_SCORES, _parts, _folder, _tuner, _features))
 
 def tuned_runs() -> pd.DataFrame:
     "The recorded tuned networks, a row each."
-    grid = [{"candidate": "random@64", "data": d, "n": 10, "seed": 0} for d in DATA]
-    grid += [{"candidate": c, "data": d, "n": 10, "seed": s} for s in range(3) for d in DATA for c in TUNED]
-    grid += [{"candidate": c, "data": d, "n": 40, "seed": 0} for d in DATA for c in TUNED]
+    draws = [{"data": d, "n": n, "seed": s} for s in range(3)
+             for d, n in (("ants_bees", 10), ("hands", 10), ("garden", 10), ("night", 10), ("ants_bees", 40))]
+    grid = [{"candidate": c} | draw for draw in draws for c in TUNED]
     return recorded("10_tuned", tuned_run, grid, uses=(_parts, _folder, _tuner, _features, _images))
 
 _SCORES = (logme, h_score, knn_accuracy, cross_val_logits, _head_right)
