@@ -118,9 +118,10 @@ def bootstrap_mean(values: Sequence[float], groups: Sequence, draws: int = 2000,
 
 # %% ../nbs/10_choosing.ipynb #28ad7b0a
 def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    "(accuracy of a minus that of b, one standard error of it) from bool masks (n,) over the same images."
+    """(accuracy of a minus that of b, one standard error of it) from bool masks (n,) over the same images. The
+    error is that of two equally good candidates. Source: McNemar 1947."""
     difference = a.astype(float) - b.astype(float)
-    return float(difference.mean()), float(difference.std() / len(difference) ** .5)
+    return float(difference.mean()), float(np.sqrt((difference ** 2).mean() / len(difference)))
 
 # %% ../nbs/10_choosing.ipynb #a9c1b80b
 def cheapest_level(right: Mapping[str, np.ndarray], cost: Mapping[str, float], errors: float = 1.) -> str:
@@ -131,5 +132,5 @@ def cheapest_level(right: Mapping[str, np.ndarray], cost: Mapping[str, float], e
     best = max(right, key=lambda name: (right[name].mean(), -cost[name]))
     def level(name):
         behind, error = paired_difference(right[best], right[name])
-        return behind <= errors * error
+        return behind <= errors * error + 1e-12
     return min(filter(level, right), key=lambda name: (cost[name], -right[name].mean()))
