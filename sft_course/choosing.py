@@ -118,7 +118,7 @@ def bootstrap_mean(values: Sequence[float], groups: Sequence, draws: int = 2000,
 
 # %% ../nbs/10_choosing.ipynb #28ad7b0a
 def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """(accuracy of a minus that of b, one standard error of it) from bool masks (n,) over the same images. The
+    """(accuracy of a minus that of b, one standard error of it) from masks (n,) over the same images; the
     error is that of two equally good candidates. Source: McNemar 1947."""
     difference = a.astype(float) - b.astype(float)
     return float(difference.mean()), float(np.sqrt((difference ** 2).mean() / len(difference)))
