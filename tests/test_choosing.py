@@ -13,8 +13,7 @@ from sklearn.covariance import LedoitWolf
 from sklearn.neighbors import KNeighborsClassifier
 from typer.testing import CliRunner
 
-from sft_course.choosing import (bootstrap_mean, cheapest_level, cross_val_logits, h_score, kendall, knn_accuracy, logme,
-                                 paired_difference)
+from sft_course.choosing import bootstrap_mean, cheapest_level, cross_val_logits, h_score, kendall, knn_accuracy, logme, paired_difference
 from sft_course.tools.choosing_lab import packed, unpacked
 from sft_course.tools.compare import compare_backbones
 from sft_course.tools.compare_command import compare

@@ -31,7 +31,8 @@ ORDER = [
     "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text", "tools.text_files",
     "tools.garden_notes", "tools.chats", "tools.language_models", "tools.upper_layers", "language",
     "tools.head_lab", "choosing", "tools.compare", "tools.compare_command", "tools.choosing_lab", "tools.ladder", "tools.widgets",
-    "tools.exercises", "tools.exercises_10", "tools.exercises_15", "tools.exercises_16", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19", "tools.cli",
+    "tools.exercises", "tools.exercises_10", "tools.exercises_15", "tools.exercises_16", "tools.exercises_17", "tools.exercises_18",
+    "tools.exercises_19", "tools.cli",
 ]
 
 
