@@ -19,7 +19,7 @@ from .loop import score, Score
 IMAGENET = [.485, .456, .406], [.229, .224, .225]
 
 def seed_recipe(root: str | Path, model: nn.Module, size: int = 224, norm: tuple = IMAGENET,
-                epochs: int = 10, seed: int = 0,
+                epochs: int = 10, seed: int = 0, lr: float = .001,
                 keep: Callable[[str], bool] | None = None) -> nn.Module:
     """The recipe as articles give it: every layer of `model` trains on the class folders below `root`.
 
@@ -32,7 +32,7 @@ def seed_recipe(root: str | Path, model: nn.Module, size: int = 224, norm: tuple
                                transforms.ToTensor(), transforms.Normalize(*norm)])
     images = datasets.ImageFolder(root, view, is_valid_file=keep)
     loader = DataLoader(images, batch_size=32, shuffle=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=.001, momentum=.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=.9)
     model.train()
     for _ in range(epochs):
         for x, y in loader:
@@ -44,7 +44,7 @@ def seed_recipe(root: str | Path, model: nn.Module, size: int = 224, norm: tuple
 
 # %% ../nbs/23_answers.ipynb #an000009
 def seed_score(root: str | Path, model: nn.Module, size: int = 224, norm: tuple = IMAGENET) -> Score:
-    "Score of `model` on the class folders below `root`, seen as articles do: resized, then the central square."
+    "Score of `model` on the class folders below `root`, resized, then the central square."
     view = transforms.Compose([transforms.Resize(size * 8 // 7), transforms.CenterCrop(size),
                                transforms.ToTensor(), transforms.Normalize(*norm)])
     images = datasets.ImageFolder(root, view)
