@@ -96,7 +96,8 @@ def _timm(name: str, weights: str | Path | None, size: int | None = None) -> Bac
     known = timm.get_pretrained_cfg(timm_name)
     model, at = _for_size(make, size, known.fixed_input_size and known.input_size[-1] if known else None)
     if name in PACKAGED and weights == "pretrained":
-        model.load_state_dict(dict(zip(model.state_dict(), _packaged_weights(name).values(), strict=True)))
+        found = _packaged_weights(name).values()
+        model.load_state_dict(dict(zip(model.state_dict(), found, strict=True)))
     cfg = timm.data.resolve_model_data_config(model)
     own = at or cfg["input_size"][-1]
     return Backbone(name, model, (), cfg["mean"], cfg["std"], own, cfg["crop_pct"], str(weights))
