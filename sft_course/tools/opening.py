@@ -22,7 +22,8 @@ from .stages import cut_into_stages, evaluation_mode
 @own_torch_state()
 def open_backbone(name: str = "lite0", weights: str | Path | None = "pretrained", seed: int = 0,
                   size: int | None = None) -> Backbone:
-    """A network by name: `lite0`, `lite1`, `lite2`, any torchvision classifier, any timm model, or `hf-hub:owner/name`.
+    """A network by name: `lite0`, `lite1`, `lite2`, any torchvision classifier, any timm model, or
+    `hf-hub:owner/name`.
 
     weights: `"pretrained"` (packages for lite0, lite1 and lite2, else the library's own download), None
     (random, drawn from `seed`), or what `load_weights` takes.
