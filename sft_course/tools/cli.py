@@ -18,6 +18,8 @@ from typing import Annotated, Any, Callable, Iterator, Optional
 import typer
 import sft_course
 from .settings import load_settings, SFTError
+from .compare_command import compare
+from .tune_command import tune
 
 # %% ../../nbs/tools/cli.ipynb #491405dd
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -701,7 +703,7 @@ def _names() -> dict[str, list[str]]:
     import torchvision.models as tv
     vision = tv.list_models(module=tv)
     others = {n.split(".")[0] for n in timm.list_models(pretrained=True)} - set(vision)
-    return {"bundled": ["lite0"], "torchvision": vision, "timm": sorted(others)}
+    return {"bundled": ["lite0", "lite1", "lite2"], "torchvision": vision, "timm": sorted(others)}
 
 # %% ../../nbs/tools/cli.ipynb #189a6c8e
 def _matching(names: dict[str, list[str]], part: str) -> dict[str, list[str]]:
@@ -737,6 +739,11 @@ def backbones(part: Part = None, as_json: AsJson = False) -> None:
                 text = f"{len(some)} more; part of a name lists those that have it: sft-course backbones vit"
             if text: print(textwrap.fill(text, initial_indent=f"{source:<13}", **shape))
         done(found)
+
+# %% ../../nbs/tools/cli.ipynb #cl000002
+app.command(epilog="Example: sft-course compare leaves/ --backbones lite0@96,lite0@160,lite2@96")(compare)
+app.command(epilog="Examples: sft-course tune photos/ --trials 16; "
+                   "sft-course tune photos/ --search lr=1e-4:1e-2 --search train=2,4,6 --minutes 30")(tune)
 
 # %% ../../nbs/tools/cli.ipynb #dd6828d5
 def _chapters() -> dict[str, Path]:
