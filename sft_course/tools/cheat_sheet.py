@@ -33,7 +33,7 @@ def draw_steps(steps: list[Step]):
     fig, ax = plt.subplots(figsize=(10, 1.25 * len(steps)))
     for i, step in enumerate(steps):
         y = -1.25 * i
-        role = "frozen" if step.out else "tuned"
+        role = "scratch" if step.out else "tuned"
         ax.add_patch(plt.Rectangle((0, y - .42), 6, .84, facecolor=PALETTE[role], alpha=.18, lw=0))
         ax.add_patch(plt.Rectangle((0, y - .42), .07, .84, color=PALETTE[role], lw=0))
         ax.text(.2, y + .17, step.does, va="center", weight="bold", fontsize=11)
