@@ -29,11 +29,15 @@ def decode_square(path: str | Path, size: int) -> np.ndarray:
         raise SFTError(f"{path}: TensorFlow cannot decode it; give a JPEG or PNG file.") from None
     h, w = x.shape[:2]
     side = min(h, w)
-    corner = np.array([h - side, w - side]) / 2
-    scale = np.full(2, size / side)
-    x = tf.raw_ops.ScaleAndTranslate(
-        images=tf.cast(x, tf.float32)[None], size=[size, size], scale=scale.astype(np.float32),
-        translation=(-corner * scale).astype(np.float32), kernel_type="keyscubic", antialias=True)
+    x = _along(tf, x, 1, size, side, (w - side) / 2)
+    return _along(tf, x, 0, size, side, (h - side) / 2)
+
+def _along(tf, x: np.ndarray, axis: int, size: int, side: int, start: float) -> np.ndarray:
+    "The `side` pixels from `start` on along one axis, resized to `size` and rounded to bytes."
+    to, scale, shift = list(x.shape[:2]), np.ones(2, np.float32), np.zeros(2, np.float32)
+    to[axis], scale[axis], shift[axis] = size, size / side, -start * size / side
+    x = tf.raw_ops.ScaleAndTranslate(images=tf.cast(x, tf.float32)[None], size=to, scale=scale,
+                                     translation=shift, kernel_type="keyscubic", antialias=True)
     return np.clip(np.round(x[0].numpy()), 0, 255).astype(np.uint8)
 
 def _decoded(tf, raw: bytes, size: int) -> Any:

@@ -17,7 +17,7 @@ from torch import nn
 from .settings import SFTError
 from ..backbones import Backbone
 from .keras_start import open_keras
-from ..keras_twin import _axes, IN_TORCH
+from ..keras_twin import _axes, torch_name
 
 # %% ../../nbs/tools/parity.ipynb #10515d8f
 def relative_gap(a, b) -> float:
@@ -43,7 +43,7 @@ def keras_stages(twin, net: Backbone, x: np.ndarray) -> list[np.ndarray]:
     outs = []
     for stage in net.stages:
         names = tuple(f"{m}." for m in stage.modules)
-        outs.append([layer.output for layer in twin.layers if f"{layer.name}.".startswith(names)][-1])
+        outs.append([layer.output for layer in twin.layers if torch_name(layer.name).startswith(names)][-1])
     return [np.asarray(o) for o in open_keras().Model(twin.input, outs)(x, training=False)]
 
 # %% ../../nbs/tools/parity.ipynb #9f9a1bed
@@ -53,7 +53,7 @@ def torch_names(twin, arrays: Sequence) -> dict[str, np.ndarray]:
     for variable, array in zip(twin.trainable_variables, arrays, strict=True):
         layer, kind = variable.path.rsplit("/", 1)
         axes = np.argsort(_axes(twin.get_layer(layer), len(array.shape)))
-        found[f"{layer}.{IN_TORCH[kind]}"] = np.asarray(array).transpose(axes)
+        found[torch_name(layer, kind)] = np.asarray(array).transpose(axes)
     return found
 
 def torch_gradients(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> dict[str, np.ndarray]:
