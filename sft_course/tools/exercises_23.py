@@ -28,7 +28,7 @@ EXERCISES["23.1"] = Exercise(
     mistakes=((lambda a: math.isclose(a, 4 / 16, abs_tol=.001),
                "That is exactly three heads. Four would be stronger evidence still, so it counts too."),
               (lambda a: math.isclose(a, 10 / 16, abs_tol=.001),
-               "That counts both directions. The question is whether tuning is better, not whether it differs.")),
+               "That counts both directions. The question is only whether tuning is better.")),
     tempting=(.25, .625, .03, .75),
 )
 
@@ -63,8 +63,8 @@ def _beats(lr) -> bool:
 
 EXERCISES["23.3"] = Exercise(
     right=_beats,
-    why="The copied learning rate is not a law. On these images another one ends lower after the same number of epochs; "
-        "on yours yet another may.",
+    why="The copied learning rate is not a law. On these images another one ends lower after the same "
+        "number of epochs; on yours yet another may.",
     hint="0.001 is slow for eight epochs of a new head. Try some powers of ten, and look at the loss.",
     mistakes=((lambda lr: lr == .001, "That is the row to beat."),),
     tempting=(.001, 1e-5, 5.),

@@ -111,5 +111,6 @@ def recorded_rows(name: str) -> pd.DataFrame:
     """
     path = _runs_folder() / f"{name}.csv"
     if not path.is_file():
-        raise SFTError(f"{path}: there is no such record; `make record CHAPTER={name.split('_')[0]}` makes it.")
+        raise SFTError(f"{path}: there is no such record; `make record CHAPTER={name.split('_')[0]}` "
+                       "makes it.")
     return pd.read_csv(path, dtype={"key": str})

@@ -54,9 +54,9 @@ def learn_rows(catalog, seed):
 
 # %% ../../nbs/tools/unfreezing_lab.ipynb #ul000010
 def lab_set(name: str) -> PixelCache:
-    """The images of `garden` or `plate` (Blooms), or of photographs in the folder that `SFT_PHOTOS` names;
+    """The images of a domain of Blooms, or of photographs in the folder that `SFT_PHOTOS` names;
     raises `SFTError` where they are missing."""
-    if name in ("garden", "plate"):
+    if name in ("garden", "plate", "herbarium", "night"):
         return blooms_set(name)
     photos = Path(os.environ.get("SFT_PHOTOS", "")) / name
     if not photos.is_dir():
