@@ -30,8 +30,11 @@ ORDER = [
     "tools.detectors", "tools.boxes", "tools.detector_race", "detection",
     "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text", "tools.text_files",
     "tools.garden_notes", "tools.chats", "tools.language_models", "tools.upper_layers", "language",
+    "tools.extras", "shipping", "tools.exporting", "tools.model_card", "tools.serving", "tools.clients", "tools.shipping_runs",
+    "tools.shipping_commands",
     "tools.head_lab", "tools.ladder", "tools.widgets",
-    "tools.exercises", "tools.exercises_15", "tools.exercises_16", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19", "tools.cli",
+    "tools.exercises", "tools.exercises_15", "tools.exercises_16", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19",
+    "tools.exercises_22", "tools.cli",
 ]
 
 
