@@ -76,7 +76,7 @@ def summary(table: pd.DataFrame) -> dict[str, float]:
         "errors": int((table.status != 200).sum()),
     }
 
-# %% ../../nbs/tools/clients.ipynb #clb28f11
+# %% ../../nbs/tools/clients.ipynb #cl42083c
 async def _drip(port: int, seconds: float) -> int:
     "One byte every tenth of a second; the status of the answer, 0 where there was none."
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -113,7 +113,7 @@ class Slow:
     def __exit__(self, *error):
         self.thread.join()
 
-# %% ../../nbs/tools/clients.ipynb #clfb03d1
+# %% ../../nbs/tools/clients.ipynb #cle2ae46
 def png_that_says(width: int, height: int) -> bytes:
     "A small PNG whose header promises `width` × `height` pixels."
 

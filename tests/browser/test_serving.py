@@ -10,7 +10,7 @@ CLASSES = ["<img src=x onerror=alert(1)>", "an ordinary class with a name that i
 
 @pytest.fixture(scope="module")
 def url():
-    from sft_course.tools.serving import Limits, Servant, read_upload, serving
+    from sft_course.tools.serving import Limits, Predictor, read_upload, serving
 
     def read(data, limits):
         return read_upload(data, limits, 32)
@@ -19,7 +19,7 @@ def url():
         return np.tile(np.float32([.6, .3, .1]), (len(items), 1))
 
     about = {"model": "insects", "kind": "image", "classes": CLASSES, "calibrated": True, "accuracy": .91, "n_test": 70}
-    with serving(Servant("image", CLASSES, read, run, about), Limits(bytes=200_000)) as url:
+    with serving(Predictor("image", CLASSES, read, run, about), Limits(bytes=200_000)) as url:
         yield url
 
 
