@@ -114,7 +114,7 @@ def a_result(classes=3):
     from sft_course.backbones import new_head
     from sft_course.tools.opening import open_backbone
     from sft_course.tools.predict import Result
-    net = new_head(open_backbone(), classes, seed=0, std=.5)
+    net = new_head(open_backbone(), classes, seed=0, std=.02)
     net.model.eval()
     card = {"classes": [f"c{i}" for i in range(classes)], "backbone": "lite0", "head": "last", "metrics": {"accuracy": .5, "n_test": 20},
             "preprocessing": {"size": 64, "crop": .875, "mean": list(net.mean), "std": list(net.std), "levels": None}}

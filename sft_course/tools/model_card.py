@@ -328,15 +328,25 @@ def _handler(hub: HubStandIn):
             self.end_headers()
             self.wfile.write(text)
 
+        def body(self) -> bytes:
+            "What the client sends, with its length first or in pieces."
+            if self.headers["content-length"]:
+                return self.rfile.read(int(self.headers["content-length"]))
+            parts = []
+            while self.headers["transfer-encoding"] and (n := int(self.rfile.readline(), 16)):
+                parts.append(self.rfile.read(n))
+                self.rfile.readline()
+            return b"".join(parts)
+
         def do_POST(self):
-            body = self.rfile.read(int(self.headers["content-length"] or 0))
+            body = self.body()
             hub.calls.append(self.path)
             if hub.status != 200:
                 return self.reply({"error": "no"}, hub.status)
             self.reply(answer(self.path.split("?")[0], body))
 
         def do_PUT(self):
-            large[self.path.rsplit("/", 1)[1]] = self.rfile.read(int(self.headers["content-length"]))
+            large[self.path.rsplit("/", 1)[1]] = self.body()
             self.reply({})
 
         def do_GET(self):

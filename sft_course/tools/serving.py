@@ -359,7 +359,8 @@ def page(predictor: Predictor) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{html.escape(a['model'])}</title><style>{_STYLE}</style></head><body>"
         f'<h1>{html.escape(a["model"])}</h1><p class="soft">{known}. It answers with one of its classes '
-        f'whatever it is shown.</p>{_ASK[predictor.kind]}<div id="said" role="status" aria-live="polite"></div>'
+        f"whatever it is shown.</p>{_ASK[predictor.kind]}"
+        '<div id="said" role="status" aria-live="polite"></div>'
         f"<script>{_SCRIPT}</script></body></html>"
     )
 
