@@ -68,10 +68,6 @@ def _agrees_case(f) -> bool:
     )
 
 
-def _mean_over_classes(said, other, tolerance=1e-3):
-    return abs(said - other).mean() <= tolerance * 10
-
-
 def _mean_of_all(said, other, tolerance=1e-3):
     return abs((said - other).mean()) <= tolerance
 
