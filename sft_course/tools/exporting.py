@@ -25,6 +25,7 @@ from ..data import decoded_size
 from ..evaluation import fit_temperature
 from .logits import eval_logits, evaluate
 from .predict import Result
+from .artifact import read_card
 from ..shipping import agreement, require_agreement, Shipped, shipped
 
 # %% ../../nbs/tools/exporting.ipynb #xpb1faef
@@ -32,6 +33,13 @@ HOW = (
     "decode, apply the EXIF orientation, convert to RGB, cut the central square, "
     "resize it with an antialiased bicubic filter"
 )
+
+
+def _weights_sha256(result: Result) -> str | None:
+    "Which weights: the hash in the card of the folder where the result lies; None where it was not saved."
+    if result.folder and (result.folder / "card.json").is_file():
+        return read_card(result.folder)["sha256"]
+    return result.card.get("sha256")
 
 
 def about(result: Result, net: Shipped) -> dict[str, Any]:
@@ -46,7 +54,7 @@ def about(result: Result, net: Shipped) -> dict[str, Any]:
         "levels": card["preprocessing"].get("levels"),
         "temperature": net.temperature,
         "backbone": card["backbone"],
-        "sha256": card.get("sha256"),
+        "sha256": _weights_sha256(result),
         "made_by": "sft_course",
     }
 
