@@ -18,7 +18,7 @@ from .data import decoded_size
 from .tools.surgery import fold_for
 from .tools.predict import Result
 
-# %% ../nbs/22_shipping.ipynb #shcf2a2d
+# %% ../nbs/22_shipping.ipynb #sh4ef513
 class Shipped(nn.Module):
     """A network with its preprocessing: images uint8 (n, side, side, 3) in, probabilities (n, classes) out.
 
@@ -41,14 +41,14 @@ class Shipped(nn.Module):
         if self.mirrored: logits = logits.unflatten(0, (2, -1)).mean(0)
         return (logits / self.temperature).softmax(1)
 
-# %% ../nbs/22_shipping.ipynb #shaf3818
+# %% ../nbs/22_shipping.ipynb #sh233e82
 def shipped(result: Result, temperature: float = 1., mirrored: bool = True) -> Shipped:
     "A copy of a result's network with its preprocessing, its batch norms folded, ready to be exported."
     p = result.card["preprocessing"]
     model = fold_for(result.model, p["size"])
     return Shipped(model, p["mean"], p["std"], p["size"], p["crop"], temperature, mirrored).eval()
 
-# %% ../nbs/22_shipping.ipynb #sh446904
+# %% ../nbs/22_shipping.ipynb #sh6de290
 @dataclass(frozen=True)
 class Agreement:
     "Of `n` images, how many get another class, and the largest difference of any probability."
@@ -64,7 +64,7 @@ def agreement(said: np.ndarray, other: np.ndarray) -> Agreement:
     gap = np.nan_to_num(np.abs(said.astype(float) - other), nan=np.inf)
     return Agreement(len(said), int((said.argmax(1) != other.argmax(1)).sum()), float(gap.max(initial=0)))
 
-# %% ../nbs/22_shipping.ipynb #shddff12
+# %% ../nbs/22_shipping.ipynb #sh51863a
 def require_agreement(name: str, found: Agreement, tolerance: float = 1e-3) -> None:
     "Raise `SFTError`, with the numbers, unless no probability differs by more than `tolerance`."
     if found.largest <= tolerance and found.other_class <= .01 * found.n: return
@@ -72,7 +72,7 @@ def require_agreement(name: str, found: Agreement, tolerance: float = 1e-3) -> N
                    f"another class, and probabilities differ by up to {found.largest:.2g} "
                    f"(at most {tolerance:g} is allowed), so it was not written.")
 
-# %% ../nbs/22_shipping.ipynb #sh077e18
+# %% ../nbs/22_shipping.ipynb #sh0b832a
 def latency(run: Callable, images: Any, calls: int = 40, warm: int = 3) -> np.ndarray:
     "Seconds (calls,) of `run(images)`, each timed by itself, after `warm` calls that are not counted."
     for _ in range(warm): run(images)
@@ -83,7 +83,7 @@ def latency(run: Callable, images: Any, calls: int = 40, warm: int = 3) -> np.nd
         seconds[i] = time.perf_counter() - began
     return seconds
 
-# %% ../nbs/22_shipping.ipynb #shd98990
+# %% ../nbs/22_shipping.ipynb #sh887f5f
 class Busy(Exception):
     "There are too many in line already."
 

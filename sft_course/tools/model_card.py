@@ -58,7 +58,7 @@ def _front(card: dict, name: str, text: bool, license: str | None) -> str:
         library_name="transformers" if text else None,
         eval_results=made or None,
     )
-    return f"---\n{data.to_yaml()}\n---\n"
+    return f"---\n{data.to_yaml().strip()}\n---"
 
 # %% ../../nbs/tools/model_card.ipynb #mc270029
 def _measured(card: dict, result: Result | None) -> str:
@@ -113,6 +113,7 @@ from transformers import pipeline
 print(pipeline("text-classification", "{name}")("a text"))
 ```""",
 }
+_KIND = {"image": "an image", "text": "a text"}
 _LIMITS = """- It answers with one of its classes whatever it is shown; it does not say "none of these".
 - It was measured on items held out from the same collection. On others (another camera,
   season, place, style of writing) expect less.
@@ -153,8 +154,8 @@ def model_card(
     )
     parts = [
         _front(card, name, text, license),
-        f"# {_md(name)}\n",
-        f"A {kind} classifier: {how}, fine-tuned with sft_course.",
+        f"# {_md(name)}",
+        f"This is {_KIND[kind]} classifier: {how}, fine-tuned with sft_course.",
         "## Intended use",
         _md(intended) or UNSAID,
         "## How to use it",

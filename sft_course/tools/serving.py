@@ -7,7 +7,7 @@ __all__ = ['Limits', 'Predictor', 'read_upload', 'image_predictor', 'text_predic
            'serve', 'serving']
 
 # %% ../../nbs/tools/serving.ipynb #sv1cb1ee
-import asyncio, html, io, json, threading, time
+import asyncio, html, io, json, threading, time, warnings
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -421,7 +421,9 @@ def make_app(predictor: Predictor, limits: Limits = Limits()):
 
     @asynccontextmanager
     async def lifespan(app):
-        async with batcher: yield
+        with warnings.catch_warnings():  # of damaged files; their senders get an answer
+            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+            async with batcher: yield
 
     app = FastAPI(title="sft-course serve", docs_url=None, redoc_url=None, lifespan=lifespan)
 
