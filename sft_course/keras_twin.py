@@ -42,7 +42,7 @@ def _layers(keras, x, parts, prefix: str, symmetric: bool | None):
         elif isinstance(getattr(part, "act", None), (nn.ReLU6, nn.Identity)):
             x = _norm(keras, x, part, prefix + name)
         elif not isinstance(part, nn.Identity):
-            raise SFTError(f"{torch_name(prefix)}{name}: {part} has no twin here; use lite0.")
+            raise SFTError(f"{torch_name(prefix + name)[:-1]}: {type(part).__name__} has no twin; use lite0.")
     return x
 
 def keras_twin(backbone: Backbone, symmetric: bool | None = None) -> Any:

@@ -100,7 +100,7 @@ def test_relatives_of_lite0_have_twins_whichever_way_they_pad(name):
 def test_other_networks_are_refused():
     with pytest.raises(SFTError, match="only networks of lite0's kind"):
         keras_twin(open_backbone("resnet18", weights=None))
-    with pytest.raises(SFTError, match="blocks.0.0.se: a SqueezeExcite has no twin"):
+    with pytest.raises(SFTError, match="^bn1: BatchNormAct2d has no twin; use lite0.$"):
         keras_twin(open_backbone("tf_efficientnet_b0", weights=None))
 
 
