@@ -127,7 +127,8 @@ def fit(model: nn.Module, train: tuple, held: tuple | Callable[[nn.Module], Scor
         choose: Callable[[list[dict]], int] = best_epoch,
         checkpoint: str | Path | None = None, resume: bool = True, also: dict | None = None,
         part: nn.Module | None = None, before: Callable[[int], Any] | None = None,
-        watch: Callable[[dict], Any] | None = None, average=None, title: str = "train", **how) -> Fitted:
+        watch: Callable[[dict], Any] | None = None, average=None, title: str = "train",
+        order: Callable[[int], list] | None = None, **how) -> Fitted:
     """Train for `epochs`, or until the best epoch is `patience` epochs back; the model then holds the best
     weights.
 
@@ -138,7 +139,8 @@ def fit(model: nn.Module, train: tuple, held: tuple | Callable[[nn.Module], Scor
     new row after each epoch; a run that goes on is first given the rows that it finds. checkpoint: a file,
     written after each epoch, with `also` in it, and gone on from if it exists, unless `resume` is false: the
     same bits come out as without a stop. average: from `average_weights`, evaluated and kept in place of the
-    model. title: of the progress bar. how: as in `train_epoch`. SIGINT and SIGTERM let the step end, save,
+    model. title: of the progress bar. order(epoch): the batches, arrays of positions, in place of all images
+    shuffled. how: as in `train_epoch`. SIGINT and SIGTERM let the step end, save,
     and raise `Stopped`. Raises `Diverged` where a loss is not finite; the model then holds the best weights,
     if there are any.
     """
@@ -157,10 +159,10 @@ def fit(model: nn.Module, train: tuple, held: tuple | Callable[[nn.Module], Scor
         with stop_signals() as asked, bar, torch.inference_mode(False), torch.enable_grad():
             while (e := len(history)) < epochs and not _over(history, patience, enough):
                 (before or (lambda epoch: model.train()))(e)
-                order = batches(len(train[1]), batch_size, (seed, e))
-                done = _some_steps(part or model, train, order, optimizer, rate, e, seed, done, asked, bar,
+                shown = order(e) if order else batches(len(train[1]), batch_size, (seed, e))
+                done = _some_steps(part or model, train, shown, optimizer, rate, e, seed, done, asked, bar,
                                    average=average, **how)
-                if done["steps"] < len(order):
+                if done["steps"] < len(shown):
                     save()
                     raise Stopped(asked(), file)
                 history.append({"epoch": e + 1, "train_loss": done["loss"]} | _judge(judged, held, e + 1))

@@ -20,12 +20,13 @@ from .catalog import Catalog, printable, require_test
 from .given import open_data
 from .pixels import decode_once
 from .problems import leaks_between_parts
-from ..data import decoded_size, plain_view, random_view
+from ..data import decoded_size, plain_view
 from .weights import load_weights
 from ..backbones import Backbone, new_head
 from .opening import as_backbone, fitting_size, open_backbone
 from .costs import stage_costs
 from .watchers import _watcher
+from .objectives import draw_views
 from .phases import Phase
 
 # %% ../../nbs/tools/tuner.ipynb #402af6cc
@@ -137,12 +138,13 @@ class TunerState:
                       f"the first: {copies[0].message}")
         return replace(catalog, problems=catalog.problems + copies)
 
-    def view(self, number: int) -> np.ndarray:
-        "View 0 is plain, 1 its mirror image; from 2 on they are random."
+    def view(self, number: int, augment: str = "crops") -> np.ndarray:
+        "View 0 is plain, 1 its mirror image; from 2 on they are drawn as a phase's `augment` says."
         n = len(self.catalog)
-        if number >= 2:
-            return random_view(n, (self.seed, number))
-        return plain_view(n, self.size / self.pixels.pixels.shape[1], number == 1)
+        drawn = draw_views(augment, n, (self.seed, number)) if number >= 2 else None
+        if drawn is not None:
+            return drawn
+        return plain_view(n, self.size / self.pixels.pixels.shape[1], number % 2 == 1)
 
     def note(self, text: str) -> None:
         "A sentence that the person who started this should read: a warning now, and kept in the card."
