@@ -29,7 +29,7 @@ EXERCISES["11.1"] = Exercise(
     tempting=(.6, .95 ** 12, .05),
 )
 
-# %% ../../nbs/tools/exercises_11.ipynb #a26b415b
+# %% ../../nbs/tools/exercises_11.ipynb #e0cd1573
 def _logits_11(n=6, k=4):
     z = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) * 2
     return z, torch.arange(n) % k
@@ -54,14 +54,14 @@ EXERCISES["11.2"] = Exercise(
     why="One number for each image: the loop can then sum it over batches of any size, and weigh it.",
     hint="p is the probability of the label: softmax, then one column for each row.",
     mistakes=(
-        (_like_11(_mean_11), "That is one number for the batch. Give one for each image: leave the mean out."),
+        (_like_11(_mean_11), "That is one number for the batch. Give one for each image: no mean."),
         (_like_11(_plain_11), "That is the cross-entropy. Add 1 − p."),
         (_like_11(_wrong_class_11), "That p is the largest probability. Take that of the label."),
     ),
     tempting=(_mean_11, _plain_11, _wrong_class_11),
 )
 
-# %% ../../nbs/tools/exercises_11.ipynb #c47a4472
+# %% ../../nbs/tools/exercises_11.ipynb #44e39d1f
 def _compare_11(f) -> list[float]:
     "What a comparison says of three seeds of a trick and of the baseline."
     a, b = np.array([.61, .72, .83]), np.array([.60, .70, .80])
@@ -87,14 +87,14 @@ def _says_11(g): return lambda f: np.allclose(_compare_11(f), _compare_11(g), at
 EXERCISES["11.3"] = Exercise(
     right=lambda f: _says_11(_paired_11)(f),
     why=(
-        "Seeds differ by more than tricks do, and both columns share them. The difference of each pair is free "
-        "of that: 0.02 with an error of 0.006, where the columns apart say 0.086."
+        "Seeds differ by more than tricks do, and both columns share them. The difference of each pair is "
+        "free of that: 0.02 with an error of 0.006, where the columns apart say 0.086."
     ),
     hint="Subtract first, seed by seed; then take mean and standard error of the differences.",
     mistakes=(
         (_says_11(_apart_11), "The error is still that of two independent columns. Subtract first."),
         (_says_11(_short_11), "Nearly: with three values divide by n − 1, ddof=1."),
-        (_says_11(_spread_11), "That is the spread of the differences. The error of their mean is √n smaller."),
+        (_says_11(_spread_11), "That is the spread of the differences; the error of their mean is √n smaller."),
     ),
     tempting=(_apart_11, _short_11, _spread_11),
 )

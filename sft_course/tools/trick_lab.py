@@ -274,14 +274,14 @@ def tail_runs() -> pd.DataFrame:
             for s in range(3) for d in SETS for t in tail_tricks()]
     return recorded("11_tail", tail_run, grid, uses=(tail_tricks, *CODE))
 
-# %% ../../nbs/tools/trick_lab.ipynb #a1c5508a
+# %% ../../nbs/tools/trick_lab.ipynb #02caf02f
 def _right(runs: pd.DataFrame) -> np.ndarray:
     "Share of the seeds (n,) with which each test image was right, the seeds in order."
     rows = runs.sort_values("seed")
     return np.mean([from_bits(r.bits, r.images) for r in rows.itertuples()], axis=0)
 
 def differences(runs: pd.DataFrame, reference: dict[str, str] = REFERENCE) -> pd.DataFrame:
-    "A row for each trick and case: points gained on the test, 95 % interval, p, Holm's p; the gain in validation."
+    "A row for each trick and case: points gained on the test, interval, p, Holm's p; gain in validation."
     rows = []
     for (data, n), case in runs.groupby(["data", "n"], sort=False):
         for trick, mine in case.groupby("trick", sort=False):
@@ -304,7 +304,7 @@ def ranked(table: pd.DataFrame) -> pd.DataFrame:
     ranks = pd.DataFrame(rows).T.sort_values("mean", ascending=False)
     return ranks.assign(holm=holm(ranks.p))
 
-# %% ../../nbs/tools/trick_lab.ipynb #e786dc03
+# %% ../../nbs/tools/trick_lab.ipynb #1c931bbe
 def _colour(low: float, high: float) -> str:
     "Gains, losses, and what cannot be told, each with its colour."
     if low > 0: return "tuned"
@@ -319,7 +319,8 @@ def draw_ranking(ranks: pd.DataFrame, title: str = ""):
         colour = PALETTE[_colour(r.low, r.high)]
         ax.plot([r.low, r.high], [y, y], color=colour, lw=3)
         ax.plot(r["mean"], y, "o", color=colour, ms=8)
-        if r.holm < .05: ax.text(r.high, y, "  holds after Holm", va="center", fontsize=9)
+        if r.holm < .05:
+            ax.text(1.01, y, "holds after Holm", va="center", fontsize=9, transform=ax.get_yaxis_transform())
     ax.axvline(0, color="black", lw=1)
     ax.set_yticks(range(len(ranks)), ranks.index[::-1])
     ax.set(xlabel="gain in test accuracy over the reference, points (95 % interval over cases)", title=title)
