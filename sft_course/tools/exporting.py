@@ -22,7 +22,7 @@ from .extras import require_extra
 from .intake import scan
 from .pixels import decode_once
 from ..data import decoded_size
-from ..evaluation import fit_temperature
+from ..evaluation import COOLEST, fit_temperature, HOTTEST
 from .logits import eval_logits, evaluate
 from .predict import Result
 from .artifact import read_card
@@ -363,7 +363,10 @@ def held(result: Result, data: str | Path | None = None, cache_dir: str | Path |
     def said(rows):
         return evaluate(result.backbone, found, rows, p["size"], card["classes"])
 
-    temperature = fit_temperature(said(found.catalog.rows("val"))) if same else 1.0
+    unseen = same and card.get("chosen") == "tuned"  # a returned head has learned from validation images too
+    temperature = fit_temperature(said(found.catalog.rows("val"))) if unseen else 1.0
+    if not 1.01 * COOLEST < temperature < HOTTEST / 1.01:
+        temperature = 1.0
     code = np.array([card["classes"].index(c) if c in card["classes"] else -1 for c in found.catalog.classes])
     if (code < 0).any():
         said(rows[:1])

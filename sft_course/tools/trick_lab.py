@@ -333,12 +333,12 @@ def draw_cases(table: pd.DataFrame):
     cases = list(dict.fromkeys(zip(table.data, table.n)))
     fig, ax = plt.subplots(figsize=(1.05 * len(cases) + 2.2, .36 * len(order) + 1))
     cells = {(r.trick, r.data, r.n): r for r in table.rename(columns={"mean": "gain"}).itertuples()}
-    values = np.array([[cells[t, *c].gain if (t, *c) in cells else np.nan for c in cases] for t in order])
+    values = np.array([[cells[(t, *c)].gain if (t, *c) in cells else np.nan for c in cases] for t in order])
     ax.imshow(values, cmap="PuOr_r", vmin=-8, vmax=8, aspect="auto")
     for y, t in enumerate(order):
         for x, c in enumerate(cases):
             if (t, *c) not in cells: continue
-            r = cells[t, *c]
+            r = cells[(t, *c)]
             text = f"{r.gain:+.1f}" + "*" * int(r.holm < .05)
             weight = "bold" if r.low > 0 or r.high < 0 else "normal"
             ax.text(x, y, text, ha="center", va="center", fontsize=9, weight=weight)
