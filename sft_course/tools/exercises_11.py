@@ -61,7 +61,7 @@ EXERCISES["11.2"] = Exercise(
     tempting=(_mean_11, _plain_11, _wrong_class_11),
 )
 
-# %% ../../nbs/tools/exercises_11.ipynb #44e39d1f
+# %% ../../nbs/tools/exercises_11.ipynb #4d7850cc
 def _compare_11(f) -> list[float]:
     "What a comparison says of three seeds of a trick and of the baseline."
     a, b = np.array([.61, .72, .83]), np.array([.60, .70, .80])
@@ -94,7 +94,7 @@ EXERCISES["11.3"] = Exercise(
     mistakes=(
         (_says_11(_apart_11), "The error is still that of two independent columns. Subtract first."),
         (_says_11(_short_11), "Nearly: with three values divide by n − 1, ddof=1."),
-        (_says_11(_spread_11), "That is the spread of the differences; the error of their mean is √n smaller."),
+        (_says_11(_spread_11), "That is the spread of the differences; that of their mean is √n smaller."),
     ),
     tempting=(_apart_11, _short_11, _spread_11),
 )
