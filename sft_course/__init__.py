@@ -4,6 +4,8 @@ _HERE = {
     "fine_tune": "recipe",
     "FineTuner": "tools.engine",
     "Phase": "tools.phases",
+    "compare_backbones": "tools.compare",
+    "tune": "tools.tuning",
     "Result": "tools.predict",
     "load_artifact": "tools.artifact",
     "load_settings": "tools.settings",

@@ -27,14 +27,14 @@ def wilson(successes, n, level: float = .95):
 
 # %% ../nbs/08_evaluation.ipynb #27cf7584
 def confusion(e: Evaluation) -> np.ndarray:
-    "int64 (k, k): how many pictures of the class of the row were taken for that of the column."
+    "int64 (k, k): how many images of the class of the row were taken for that of the column."
     k = len(e.classes)
     return np.bincount(e.labels * k + e.predictions, minlength=k * k).reshape(k, k)
 
 # %% ../nbs/08_evaluation.ipynb #1a9abd67
 def confused_pairs(e: Evaluation, most: int = 10):
     """DataFrame of the `most` frequent confusions: `truth`, `taken for`, `pictures`, and their `share` of
-    the pictures of that truth."""
+    the images of that truth."""
     table = confusion(e)
     wrong = table * (1 - np.eye(len(table), dtype=int))
     order = [i for i in np.argsort(-wrong, axis=None, kind="stable")[:most] if wrong.flat[i]]
@@ -57,7 +57,7 @@ def per_class(e: Evaluation):
 
 # %% ../nbs/08_evaluation.ipynb #9f52da03
 def mistakes(e: Evaluation, k: int = 12) -> np.ndarray:
-    "Indices of at most `k` pictures that the network got wrong, the ones it was surest of first."
+    "Indices of at most `k` images that the network got wrong, the ones it was surest of first."
     wrong = np.flatnonzero(~e.right)
     return wrong[np.argsort(-e.confidence[wrong], kind="stable")][:k]
 
@@ -77,14 +77,14 @@ def reliability(e: Evaluation, bins: int = 10):
 # %% ../nbs/08_evaluation.ipynb #2e782d8d
 def ece(e: Evaluation, bins: int = 10) -> float:
     """Expected calibration error: |accuracy − confidence| of the bins of `reliability`, averaged over
-    pictures. Source: Naeini et al. 2015."""
+    images. Source: Naeini et al. 2015."""
     r = reliability(e, bins)
     return float((r.pictures * (r.accuracy - r.confidence).abs()).sum() / max(len(e), 1))
 
 # %% ../nbs/08_evaluation.ipynb #21e2365a
 def ece_by_luck(e: Evaluation, bins: int = 10, draws: int = 200, seed: int = 0) -> np.ndarray:
     """float64 (draws,): the error that `ece` would show if every confidence were true, so that only luck
-    decides which pictures are right."""
+    decides which images are right."""
     sure, n = e.confidence, max(len(e), 1)
     at = np.minimum((sure * bins).astype(int), bins - 1)
     luck = np.random.default_rng(seed).random((draws, len(e))) < sure
@@ -118,7 +118,7 @@ def fit_temperature(e: Evaluation) -> float:
 # %% ../nbs/08_evaluation.ipynb #3c4e1d60
 @dataclass(frozen=True)
 class Paired:
-    """Two networks on the same n pictures: how many `only_a` and `only_b` got right, and the probability
+    """Two networks on the same n images: how many `only_a` and `only_b` got right, and the probability
     `p` of a split as uneven by luck."""
     only_a: int
     only_b: int
@@ -138,8 +138,8 @@ def mcnemar(a: Evaluation, b: Evaluation) -> Paired:
     """
     from scipy.stats import binomtest
     if a.paths != b.paths or (a.labels != b.labels).any() or not len(a):
-        raise SFTError(f"mcnemar: evaluations of {len(a)} and {len(b)} pictures; evaluate both networks on "
-                       f"the same pictures, in the same order.")
+        raise SFTError(f"mcnemar: evaluations of {len(a)} and {len(b)} images; evaluate both networks on "
+                       f"the same images, in the same order.")
     won, lost = int((a.right & ~b.right).sum()), int((b.right & ~a.right).sum())
     return Paired(won, lost, len(a), float(binomtest(won, won + lost).pvalue) if won + lost else 1.)
 

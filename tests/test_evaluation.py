@@ -198,7 +198,7 @@ def test_mcnemar_agrees_with_scipy(seed, n):
 
 def test_mcnemar_wants_the_same_pictures_and_bears_many():
     a = drawn(0)
-    with pytest.raises(SFTError, match="same pictures"):
+    with pytest.raises(SFTError, match="same images"):
         mcnemar(a, a.take(np.arange(149)))
     many = drawn(0, 50_000, sure=0)
     assert mcnemar(many, many).p == 1

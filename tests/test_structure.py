@@ -15,7 +15,7 @@ PACKAGE = REPO / "sft_course"
 # The one order of all modules: each imports only modules before it.
 # The rooms behind a chapter stand before it, the chapters in reading order.
 ORDER = [
-    "tools.figures", "tools.settings", "tools.files", "tools.torch_state", "tools.records", "tools.blooms", "tools.datasets",
+    "tools.figures", "tools.diagrams", "tools.settings", "tools.files", "tools.torch_state", "tools.records", "tools.blooms", "tools.datasets",
     "core",
     "tools.budget", "tools.catalog", "tools.folders", "tools.tables", "tools.intake", "tools.given", "tools.decoding",
     "tools.pixels", "tools.copies", "tools.problems",
@@ -23,17 +23,24 @@ ORDER = [
     "tools.checkpoints", "tools.steps", "loop", "tools.training",
     "tools.surgery", "tools.activations", "tools.taps", "tools.heads", "freezing", "unfreezing", "tools.finder", "schedules",
     "tools.cams", "tools.logits", "evaluation", "tools.charts", "tools.neighbours", "tools.report",
-    "tools.watchers", "tools.objectives", "tools.phases", "tools.predict", "tools.artifact", "tools.tuner", "tools.fitting", "tools.resume", "tools.engine",
+    "tools.watchers", "tools.objectives", "tools.phases", "tools.predict", "tools.artifact", "tools.tuner", "tools.fitting", "tools.resume",
+    "tools.engine",
     "recipe",
-    "objective", "tools.trick_lab",
+    "tools.head_lab", "choosing", "tools.compare", "tools.compare_command", "tools.choosing_lab", "objective", "tools.trick_lab",
+    "tools.search_space", "tools.trials", "tools.tuning", "tools.tune_command", "parameters",
     "tools.target_tables", "tools.flower_targets", "tools.photo_targets", "targets", "tools.target_runs",
     "tools.masks", "tools.segmenters", "segmentation", "tools.mask_lab",
     "tools.detectors", "tools.boxes", "tools.detector_race", "detection",
     "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text", "tools.text_files",
     "tools.garden_notes", "tools.chats", "tools.language_models", "tools.upper_layers", "language",
-    "tools.head_lab", "tools.ladder", "tools.widgets",
-    "tools.exercises", "tools.exercises_11",
-    "tools.exercises_15", "tools.exercises_16", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19", "tools.cli",
+    "tools.keras_start", "tools.keras_inputs", "keras_twin", "tools.parity",
+    "tools.extras", "shipping", "tools.exporting", "tools.model_card", "tools.serving", "tools.clients", "tools.shipping_runs",
+    "tools.shipping_commands",
+    "tools.cheat_sheet", "answers",
+    "tools.unfreezing_lab", "tools.ladder", "tools.widgets",
+    "tools.exercises", "tools.exercises_open", "tools.exercises_10", "tools.exercises_11", "tools.exercises_12",
+    "tools.exercises_15", "tools.exercises_16", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19",
+    "tools.exercises_21", "tools.exercises_22", "tools.exercises_23", "tools.cli",
 ]
 
 
@@ -136,7 +143,8 @@ def test_names_at_the_top_of_the_package_exist():
 
 
 def test_nothing_else_at_the_top_level():
-    known = {"settings.ini", "README.md", "nbs", "sft_course", "tests", "images", "pyproject.toml", "Makefile", "LICENSE", "CHANGELOG.md"}
+    known = {"settings.ini", "README.md", "nbs", "sft_course", "tests", "images", "pyproject.toml", "Makefile", "LICENSE", "CHANGELOG.md",
+             "docs", "CONTRIBUTING.md", "CITATION.cff", "SECURITY.md"}
     tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split()
     assert {t.split("/")[0] for t in tracked if not t.startswith(".")} <= known
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'DIR', 'Folder', 'Artifact', 'Out', 'AsJson', 'Strict', 'WATCHERS', 'Name', 'Net', 'Weights', 'Size', 'Device',
-           'Seed', 'Epochs', 'Lr', 'Batch', 'Train', 'Val', 'Test', 'Watch', 'Resume', 'Keep', 'Files', 'Csv', 'Top',
-           'Report', 'Split', 'Part', 'To', 'Force', 'Clear', 'demo', 'fit', 'check', 'predict', 'evaluate',
+           'Seed', 'Epochs', 'Lr', 'Batch', 'Train', 'Loss', 'Val', 'Test', 'Watch', 'Resume', 'Keep', 'Files', 'Csv',
+           'Top', 'Report', 'Split', 'Part', 'To', 'Force', 'Clear', 'demo', 'fit', 'check', 'predict', 'evaluate',
            'backbones', 'notebooks', 'cache', 'doctor', 'main']
 
 # %% ../../nbs/tools/cli.ipynb #a54f30df
@@ -18,6 +18,9 @@ from typing import Annotated, Any, Callable, Iterator, Optional
 import typer
 import sft_course
 from .settings import load_settings, SFTError
+from .compare_command import compare
+from .tune_command import tune
+from .shipping_commands import card, export, push, serve
 
 # %% ../../nbs/tools/cli.ipynb #491405dd
 app = typer.Typer(add_completion=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -267,6 +270,8 @@ Lr = Annotated[Optional[float], typer.Option("--lr", parser=_rate, metavar="RATE
 Batch = Annotated[Optional[int], typer.Option("--batch-size", min=2, help="Images in a step when tuning.")]
 Train = Annotated[Optional[str], typer.Option("--train", parser=_depth, metavar="head|N|all",
     help="What is tuned: the head alone, N stages from the top, or all.")]
+Loss = Annotated[Optional[str], typer.Option("--loss", metavar="NAME",
+    help="What tuning minimises: cross_entropy, weighted, focal or logit_adjusted.")]
 
 # %% ../../nbs/tools/cli.ipynb #a66d0fcf
 Val = Annotated[Optional[Path], typer.Option("--val", parser=_path, metavar="DIR",
@@ -327,9 +332,9 @@ def demo(out: Out = None, as_json: AsJson = False) -> None:
                     "sft-course fit labels.csv --backbone resnet50 --train 3 --epochs 10 --json")
 def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None, weights: Weights = None,
         image_size: Size = None, epochs: Epochs = None, lr: Lr = None, batch_size: Batch = None,
-        train: Train = None, val: Val = None, test: Test = None, device: Device = None, seed: Seed = None,
-        watch: Watch = None, resume: Resume = False, keep_checkpoint: Keep = False, strict: Strict = False,
-        as_json: AsJson = False) -> None:
+        train: Train = None, loss: Loss = None, val: Val = None, test: Test = None, device: Device = None,
+        seed: Seed = None, watch: Watch = None, resume: Resume = False, keep_checkpoint: Keep = False,
+        strict: Strict = False, as_json: AsJson = False) -> None:
     """Fine-tune on your own images and save an artifact.
 
     Images lie in one sub-folder per class. Where there is a val/ or test/ split it is used once, for the
@@ -341,13 +346,14 @@ def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None
     from sft_course.tools.sentences import holds_texts
     if holds_texts(folder):
         unfit = _given(backbone=backbone, weights=weights, image_size=image_size, batch_size=batch_size,
-                       val=val, device=device, watch=watch, keep_checkpoint=keep_checkpoint or None)
+                       loss=loss, val=val, device=device, watch=watch,
+                       keep_checkpoint=keep_checkpoint or None)
         return _fit_texts(folder, _artifact(folder, out, name, resume), test, unfit, as_json,
                           **_given(train=train, epochs=epochs, lr=lr, seed=seed))
     settings = load_settings(fit_image_size=image_size, seed=seed, backbone=backbone, device=device)
     parts = _given(strict=strict, val=val and _there(val), test=test and _there(test))
     recipe = _given(weights=weights and str(_there(weights, "file")), epochs=epochs, lr=lr, train=train,
-                    batch_size=batch_size, watch=watch, keep_checkpoint=keep_checkpoint or None)
+                    batch_size=batch_size, loss=loss, watch=watch, keep_checkpoint=keep_checkpoint or None)
     artifact = _outside(_artifact(_there(folder), out, name, resume), folder, val, test)
     with _results(as_json) as done:
         with _resumable(artifact): result = _fit(folder, parts, artifact, settings, resume, recipe)
@@ -385,8 +391,12 @@ def _progress(text: str) -> None:
 def _fit(folder: Path, parts: dict, artifact: Path, settings, resume: bool, recipe: dict):
     "The `Result` of a run: `parts` says how the folder is read, `recipe` what of the recipe is changed."
     from sft_course.tools.intake import scan
-    from sft_course.recipe import fine_tune
+    from sft_course.tools.phases import with_objective
+    from sft_course.recipe import default_phases, fine_tune
     catalog = scan(folder, settings.seed, **parts)
+    if loss := recipe.pop("loss", None):
+        changed = {k: recipe.pop(k) for k in ("train", "epochs", "lr", "batch_size") if k in recipe}
+        recipe["phases"] = with_objective(default_phases(settings, **changed), loss=loss)
     _few_threads(len(catalog), settings.fit_image_size)
     return fine_tune(catalog, out=artifact, settings=settings, resume=resume, say=_progress, **recipe)
 
@@ -701,7 +711,7 @@ def _names() -> dict[str, list[str]]:
     import torchvision.models as tv
     vision = tv.list_models(module=tv)
     others = {n.split(".")[0] for n in timm.list_models(pretrained=True)} - set(vision)
-    return {"bundled": ["lite0"], "torchvision": vision, "timm": sorted(others)}
+    return {"bundled": ["lite0", "lite1", "lite2"], "torchvision": vision, "timm": sorted(others)}
 
 # %% ../../nbs/tools/cli.ipynb #189a6c8e
 def _matching(names: dict[str, list[str]], part: str) -> dict[str, list[str]]:
@@ -737,6 +747,18 @@ def backbones(part: Part = None, as_json: AsJson = False) -> None:
                 text = f"{len(some)} more; part of a name lists those that have it: sft-course backbones vit"
             if text: print(textwrap.fill(text, initial_indent=f"{source:<13}", **shape))
         done(found)
+
+# %% ../../nbs/tools/cli.ipynb #cl000002
+app.command(epilog="Example: sft-course compare leaves/ --backbones lite0@96,lite0@160,lite2@96")(compare)
+app.command(epilog="Examples: sft-course tune photos/ --trials 16; "
+                   "sft-course tune photos/ --search lr=1e-4:1e-2 --search train=2,4,6 --minutes 30")(tune)
+
+# %% ../../nbs/tools/cli.ipynb #cl000004
+app.command(epilog="Examples: sft-course export leaves/; sft-course export leaves/ --to torch --data test/; "
+                   "sft-course export leaves/ --int8")(export)
+app.command(epilog='Example: sft-course card leaves/ --intended-use "to sort a herbarium"')(card)
+app.command(epilog="Example: sft-course push leaves/ me/leaves")(push)
+app.command(epilog="Examples: sft-course serve leaves/; sft-course serve leaves/ --port 8080")(serve)
 
 # %% ../../nbs/tools/cli.ipynb #dd6828d5
 def _chapters() -> dict[str, Path]:

@@ -21,14 +21,14 @@ from .files import whole_file
 # %% ../../nbs/tools/exercises.ipynb #20264ec5
 @dataclass(frozen=True)
 class Exercise:
-    """`right(answer)` judges; `why` explains a right answer; `hint` helps with a wrong one, unless one of
-    `mistakes`, pairs of a test and its own hint, recognises it. `tempting`: wrong answers that must not
-    pass.
+    """`right(answer)` judges; `why` explains a right answer; `hint`, a sentence or a function of
+    the answer that writes one, helps with a wrong one, unless one of `mistakes`, pairs of a test and its own
+    hint, recognises it. `tempting`: wrong answers that must not pass.
     """
 
     right: Callable[[Any], bool]
     why: str
-    hint: str
+    hint: str | Callable[[Any], str]
     mistakes: tuple[tuple[Callable[[Any], bool], str], ...] = ()
     tempting: tuple[Any, ...] = ()
 
@@ -72,7 +72,8 @@ def _judge(ex: Exercise, answer: Any) -> Verdict:
     if passed: return Verdict(True, ex.why)
     for recognises, hint in ex.mistakes:
         if _try(recognises, answer)[1]: return Verdict(False, hint)
-    return Verdict(False, ex.hint + (f" (It raised {fault}.)" if fault else ""))
+    hint = ex.hint(answer) if callable(ex.hint) else ex.hint
+    return Verdict(False, hint + (f" (It raised {fault}.)" if fault else ""))
 
 def _try(judge: Callable[[Any], bool], answer: Any) -> tuple[str, bool]:
     try: return "", bool(judge(answer))
@@ -178,7 +179,7 @@ EXERCISES["00.2"] = Exercise(
         ),
         (
             lambda a: dict(a).get("C") == "fine-tuning",
-            "C has no labels of D'. Training goes on as before, on other pictures.",
+            "C has no labels of D'. Training goes on as before, on other images.",
         ),
     ),
     tempting=(
@@ -264,7 +265,7 @@ EXERCISES["01.1"] = Exercise(
             lambda a: list(a) == [20, 4, 0],
             "Rounding leaves the manuls untested. At least one of each class is drawn.",
         ),
-        (lambda a: sum(a) == 24, "That is a tenth of all pictures. Each class is drawn from by itself."),
+        (lambda a: sum(a) == 24, "That is a tenth of all images. Each class is drawn from by itself."),
     ),
     tempting=([20, 4, 0], [20, 4, 0.3], [24, 0, 0]),
 )
@@ -301,7 +302,7 @@ EXERCISES["01.2"] = Exercise(
         ),
         (
             lambda f: _gives(f, lambda b: ~b[::-1]),
-            "That turns the picture upside down. Mirroring reverses each row.",
+            "That turns the image upside down. Mirroring reverses each row.",
         ),
     ),
     tempting=(lambda b: b[:, ::-1], lambda b: ~b, lambda b: ~b[::-1], lambda b: b),
@@ -629,14 +630,14 @@ def _gradient_naive(z, y):
 EXERCISES["03.2"] = Exercise(
     right=lambda f: _same_gradient(f, 1),
     why=(
-        "p − y for each picture, divided by n because the loss is a mean. Autograd gives the same, at "
+        "p − y for each image, divided by n because the loss is a mean. Autograd gives the same, at "
         "logits of ±1000 too."
     ),
     hint="Compare with `torch.autograd.grad(F.cross_entropy(z, labels), z)` on a small random z.",
     mistakes=(
         (
             lambda f: _same_gradient(f, 7),
-            "That is the gradient of the sum. The mean divides by the number of pictures.",
+            "That is the gradient of the sum. The mean divides by the number of images.",
         ),
         (
             lambda f: _same_gradient(f, -1),
@@ -719,7 +720,7 @@ EXERCISES["03.4"] = Exercise(
         ),
         (
             lambda f: float(f(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1.0, 3.0, 3.0]))) > 1,
-            "The shapes are right. Take the mean over pictures, not the sum.",
+            "The shapes are right. Take the mean over images, not the sum.",
         ),
     ),
     tempting=(_every_pair, _mean_first, _wrong_axis, _summed),
@@ -777,8 +778,8 @@ def _near(a: Any, b: float) -> bool:
 EXERCISES["04.1"] = Exercise(
     right=lambda a: _near(a, 48 / 70),
     why=(
-        "48 of 70 pictures are right, 0.686. The mean of the three batch accuracies, 0.5, would count "
-        "each picture of the last batch more than five times."
+        "48 of 70 images are right, 0.686. The mean of the three batch accuracies, 0.5, would count "
+        "each image of the last batch more than five times."
     ),
     hint="Add up what is right and what there is, and divide once.",
     mistakes=(
@@ -786,10 +787,10 @@ EXERCISES["04.1"] = Exercise(
             lambda a: _near(a, 0.5),
             (
                 "That is the mean of the batch accuracies 0.75, 0.75 and 0. The last batch has 6 "
-                "pictures, not 32."
+                "images, not 32."
             ),
         ),
-        (lambda a: _near(a, 0.75), "That leaves out the last batch. Its six pictures count too."),
+        (lambda a: _near(a, 0.75), "That leaves out the last batch. Its six images count too."),
         (lambda a: _near(a, 48 / 96), "The last batch is not full."),
     ),
     tempting=(0.5, 0.75),
@@ -896,7 +897,7 @@ EXERCISES["04.3"] = Exercise(
 
 # %% ../../nbs/tools/exercises.ipynb #3a7924c6
 def _accumulated(accumulate: Callable, size: int = 4) -> tuple[float, float]:
-    """Relative error of the gradient for 10 pictures in micro-batches of `size`, and its length relative to
+    """Relative error of the gradient for 10 images in micro-batches of `size`, and its length relative to
     the true one.
     """
     g = torch.Generator().manual_seed(0)
@@ -933,8 +934,8 @@ EXERCISES["04.4"] = Exercise(
         "unequal length."
     ),
     hint=(
-        "Each micro-batch's mean must be weighed by its share of the pictures; or sum the losses and "
-        "divide by the number of all pictures."
+        "Each micro-batch's mean must be weighed by its share of the images; or sum the losses and "
+        "divide by the number of all images."
     ),
     mistakes=(
         (
@@ -944,8 +945,8 @@ EXERCISES["04.4"] = Exercise(
         (
             lambda f: _accumulated(f)[1] > 1.5,
             (
-                "The gradient is too long: it is a sum of means, or a sum over pictures, that nothing "
-                "divides by the number of pictures."
+                "The gradient is too long: it is a sum of means, or a sum over images, that nothing "
+                "divides by the number of images."
             ),
         ),
     ),
@@ -1153,7 +1154,7 @@ EXERCISES["05.4"] = Exercise(
 
 # %% ../../nbs/tools/exercises.ipynb #920962cc
 def _dealt(f: Callable, n: int = 31, views: int = 3, k: int = 4) -> tuple[bool, bool]:
-    "Whether all views of a picture share a fold, and whether the folds are even."
+    "Whether all views of an image share a fold, and whether the folds are even."
     fold = np.asarray(f(n, views, k)).reshape(views, n)
     sizes = np.bincount(fold[0], minlength=k)
     return bool((fold == fold[0]).all()), len(sizes) == k and np.ptp(sizes) <= 1
@@ -1167,47 +1168,25 @@ def _by_view(n, views, k, seed=0): return np.arange(n * views) // n % k
 EXERCISES["05.5"] = Exercise(
     right=lambda f: _dealt(f) == (True, True),
     why=(
-        "A picture is held back only if none of its views was trained on. The same holds for crops of "
-        "one slide, frames of one film, pictures of one patient."
+        "An image is held back only if none of its views was trained on. The same holds for crops of "
+        "one slide, frames of one film, images of one patient."
     ),
-    hint="Deal the pictures, not the rows; then give each row its picture's fold.",
+    hint="Deal the images, not the rows; then give each row its image's fold.",
     mistakes=(
         (
             lambda f: _dealt(f) == (True, False),
-            "The views stay together. But the folds should hold equally many pictures.",
+            "The views stay together. But the folds should hold equally many images.",
         ),
         (
             lambda f: np.array_equal(f(11, 2, 3), _repeated(11, 2, 3)),
             (
-                "`np.repeat` puts the views of a picture beside each other. Here view 1 of all "
-                "pictures comes after view 0 of all."
+                "`np.repeat` puts the views of an image beside each other. Here view 1 of all "
+                "images comes after view 0 of all."
             ),
         ),
-        (lambda f: not _dealt(f)[0], "Some picture still has its views in two folds."),
+        (lambda f: not _dealt(f)[0], "Some image still has its views in two folds."),
     ),
     tempting=(_by_row, _repeated, _one_fold, _by_view),
-)
-
-# %% ../../nbs/tools/exercises.ipynb #cc700577
-def _close(a: Any, b: float) -> bool:
-    return abs(float(a) / b - 1) < 1e-2
-
-EXERCISES["06.1"] = Exercise(
-    right=lambda a: _close(a, 0.001 * 0.5**9),
-    why=(
-        "Nine steps down, each halves the rate: a five-hundredth of the head's, 0.000002. The first "
-        "stage hardly moves."
-    ),
-    hint="The head has the full rate; count the steps from the tenth stage to the first.",
-    mistakes=(
-        (lambda a: _close(a, 0.001 * 0.5**10), "One step too many: the head itself is not decayed."),
-        (lambda a: _close(a, 0.001), "That is the rate of the head."),
-        (
-            lambda a: _close(a, 0.001 * 0.5 / 9) or _close(a, 0.001 / 9) or _close(a, 0.0005),
-            "The factor applies again at each stage: a power.",
-        ),
-    ),
-    tempting=(0.001 * 0.5**10, 0.001, 0.0005),
 )
 
 # %% ../../nbs/tools/exercises.ipynb #512076c1
@@ -1663,7 +1642,7 @@ EXERCISES["08.1"] = Exercise(
     right=lambda a: 381 <= float(a) <= 385,
     why=(
         "With all n right the lower end is n / (n + 1.96²), so n = 0.99 · 3.84 / 0.01 = 380.3: 381 "
-        "pictures. A round number near it, 400, would do in practice."
+        "images. A round number near it, 400, would do in practice."
     ),
     hint="Put s = n into Wilson's formula: the lower end becomes n / (n + z²). Solve for n.",
     mistakes=(
@@ -1677,14 +1656,14 @@ EXERCISES["08.1"] = Exercise(
         ),
         (
             lambda a: 376 <= float(a) < 381,
-            "Nearly: the lower end is still below 0.99. Try `wilson` with one picture more or less.",
+            "Nearly: the lower end is still below 0.99. Try `wilson` with one image more or less.",
         ),
     ),
     tempting=(100, 300, 380),
 )
 
 # %% ../../nbs/tools/exercises.ipynb #8bde3c72
-# 100 pictures of one class, 10 of another, none of a third
+# 100 images of one class, 10 of another, none of a third
 _TABLE = np.array([[90, 10, 0], [2, 8, 0], [0, 0, 0]])
 
 def _near_to(value: float) -> Callable[[Any], bool]:
@@ -1702,23 +1681,23 @@ def _counts_absent(t):
 EXERCISES["08.2"] = Exercise(
     right=lambda f: _near_to(0.85)(f) and abs(float(f(np.diag([3, 4]))) - 1) < 1e-6,
     why=(
-        "Each class that has pictures counts once, however many they are: (0.9 + 0.8) / 2. A class "
-        "without pictures has no recall, and no say."
+        "Each class that has images counts once, however many they are: (0.9 + 0.8) / 2. A class "
+        "without images has no recall, and no say."
     ),
-    hint="Divide the diagonal by the rows' sums, and average over the rows that have pictures.",
+    hint="Divide the diagonal by the rows' sums, and average over the rows that have images.",
     mistakes=(
         (_near_to(98 / 110), "That is the accuracy: the large class decides it."),
         (
             _near_to(_mean_precision(_TABLE)),
-            "That divides by the columns' sums, which is precision. A row holds the pictures of a class.",
+            "That divides by the columns' sums, which is precision. A row holds the images of a class.",
         ),
         (
             _near_to(1.7 / 3),
-            "The class without pictures counted as a recall of 0. Nothing is known of it; leave it out.",
+            "The class without images counted as a recall of 0. Nothing is known of it; leave it out.",
         ),
         (
             lambda f: np.isnan(float(f(_TABLE))),
-            "One class has no pictures, and 0 / 0 is not a number. Leave it out.",
+            "One class has no images, and 0 / 0 is not a number. Leave it out.",
         ),
     ),
     tempting=(_plain_accuracy, _mean_precision, _counts_absent),
@@ -1802,7 +1781,7 @@ EXERCISES["08.4"] = Exercise(
         "arithmetic the softmax reaches it when one logit is about 17 above the others."
     ),
     hint=(
-        "Into which bin does a confidence of exactly 1 fall? Try one right and one wrong picture, both "
+        "Into which bin does a confidence of exactly 1 fall? Try one right and one wrong image, both "
         "with confidence 1."
     ),
     mistakes=(
@@ -1811,7 +1790,7 @@ EXERCISES["08.4"] = Exercise(
             _like(_ece_own_bin),
             "Now they have a bin of their own, an eleventh. They belong in the last one, with 0.95.",
         ),
-        (_like(_ece_unweighted), "Each bin must weigh as much as it has pictures."),
+        (_like(_ece_unweighted), "Each bin must weigh as much as it has images."),
     ),
     tempting=(_ece_loses_ones, _ece_own_bin, _ece_unweighted),
 )
@@ -1858,7 +1837,7 @@ EXERCISES["09.1"] = Exercise(
 
 # %% ../../nbs/tools/exercises.ipynb #96ebb940
 def _won(won: int, lost: int, same: int = 30) -> tuple[np.ndarray, np.ndarray]:
-    "Two masks over the same pictures that differ on `won` and `lost` of them."
+    "Two masks over the same images that differ on `won` and `lost` of them."
     return np.r_[np.ones(won + same, bool), np.zeros(lost, bool)], np.r_[
         np.zeros(won, bool), np.ones(same + lost, bool)
     ]
@@ -1886,7 +1865,7 @@ def _two_sided(right, than):
 EXERCISES["09.2"] = Exercise(
     right=lambda f: all(bool(f(*_won(*c))) == says for c, says in _CASES),
     why=(
-        "Only pictures on which the two disagree tell them apart, and each is a coin toss if they are "
+        "Only images on which the two disagree tell them apart, and each is a coin toss if they are "
         "equally good. The sum of binomial coefficients counts the tosses that would look at least "
         "this good."
     ),

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from .settings import SFTError
 from .torch_state import own_torch_state, seeded
-from .weights import load_weights, mismatched_keys, _first_line, _lite0_weights
+from .weights import load_weights, mismatched_keys, PACKAGED, _first_line, _packaged_weights
 from ..backbones import Backbone
 from .stages import cut_into_stages, evaluation_mode
 
@@ -22,10 +22,11 @@ from .stages import cut_into_stages, evaluation_mode
 @own_torch_state()
 def open_backbone(name: str = "lite0", weights: str | Path | None = "pretrained", seed: int = 0,
                   size: int | None = None) -> Backbone:
-    """A network by name: `lite0`, any torchvision classifier, any timm model, or `hf-hub:owner/name`.
+    """A network by name: `lite0`, `lite1`, `lite2`, any torchvision classifier, any timm model, or
+    `hf-hub:owner/name`.
 
-    weights: `"pretrained"` (bundled for lite0, else the library's own download), None (random, drawn from
-    `seed`), or what `load_weights` takes.
+    weights: `"pretrained"` (packages for lite0, lite1 and lite2, else the library's own download), None
+    (random, drawn from `seed`), or what `load_weights` takes.
     size: pixels on a side of the images to come, for networks that must be made for them; `fitting_size` says
     if it suits.
     Raises `SFTError` for a name that nobody knows, or weights that do not fit or cannot be had.
@@ -63,7 +64,7 @@ def _unknown(name: str) -> SFTError:
     if "/" in name:
         return SFTError(f"there is no backbone {name!r} in torchvision or timm; "
                         f"write hf-hub:{name} for that of the Hugging Face Hub.")
-    near = difflib.get_close_matches(name, sorted({"lite0", *list_models(), *timm.list_models()}), 3)
+    near = difflib.get_close_matches(name, sorted({*PACKAGED, *list_models(), *timm.list_models()}), 3)
     return SFTError(f"there is no backbone {name!r} in torchvision or timm; "
                     + (f"did you mean {', '.join(near)}?" if near else "try lite0 or resnet50."))
 
@@ -86,17 +87,18 @@ def _torchvision(name: str, weights: str | Path | None) -> Backbone:
 # %% ../../nbs/tools/opening.ipynb #25235427
 def _timm(name: str, weights: str | Path | None, size: int | None = None) -> Backbone:
     import timm
-    timm_name = "tf_efficientnet_lite0" if name == "lite0" else name
+    timm_name = f"tf_efficientnet_{name}" if name in PACKAGED else name
     if not timm.is_model(timm_name.split(".")[0]): raise _unknown(name)
     headless = {} if timm.get_pretrained_cfg_value(timm_name, "num_classes") else {"num_classes": 1000}
-    pretrained = weights == "pretrained" and name != "lite0"
+    pretrained = weights == "pretrained" and name not in PACKAGED
     def make(**more):
         return _download(name, lambda: timm.create_model(timm_name, pretrained=pretrained,
                                                          **headless, **more))
     known = timm.get_pretrained_cfg(timm_name)
     model, at = _for_size(make, size, known.fixed_input_size and known.input_size[-1] if known else None)
-    if name == "lite0" and weights == "pretrained":
-        model.load_state_dict(dict(zip(model.state_dict(), _lite0_weights().values(), strict=True)))
+    if name in PACKAGED and weights == "pretrained":
+        found = _packaged_weights(name).values()
+        model.load_state_dict(dict(zip(model.state_dict(), found, strict=True)))
     cfg = timm.data.resolve_model_data_config(model)
     own = at or cfg["input_size"][-1]
     return Backbone(name, model, (), cfg["mean"], cfg["std"], own, cfg["crop_pct"], str(weights))
