@@ -32,9 +32,10 @@ def paired_difference(differences: Sequence[float]) -> Difference:
     if d.ndim != 1 or len(d) < 2:
         raise SFTError(f"paired_difference: {d.shape}; give two differences or more.")
     mean, error = d.mean(), d.std(ddof=1) / len(d) ** .5
-    if not error: return Difference(mean, mean, mean, float(mean == 0))
+    if not error: return Difference(float(mean), float(mean), float(mean), float(mean == 0))
     half = t.ppf(.975, len(d) - 1) * error
-    return Difference(mean, mean - half, mean + half, 2 * t.sf(abs(mean) / error, len(d) - 1))
+    p = 2 * t.sf(abs(mean) / error, len(d) - 1)
+    return Difference(float(mean), float(mean - half), float(mean + half), float(p))
 
 # %% ../nbs/11_objective.ipynb #453523ab
 def holm(p: Sequence[float]) -> np.ndarray:

@@ -348,12 +348,19 @@ def draw_cases(table: pd.DataFrame):
     return fig
 
 # %% ../../nbs/tools/trick_lab.ipynb #081b4d83
+def _require_names(trick: Trick) -> None:
+    "Raise `SFTError` for a name that stands for nothing, before images are drawn and computed."
+    make_loss(trick.loss, torch.ones(2, dtype=int))
+    view_maker(trick.augment)
+    if isinstance(trick.sampler, str): drawn_order(trick.sampler, np.zeros(2, int), 0)
+
 def race(trick: Trick, name: str = "yours", cases: tuple = (("garden", 10),),
          seeds: tuple = (0, 1, 2)) -> pd.DataFrame:
     "Rows of a trick as those of `trick_runs`. Raises `SFTError` for a case that the table does not have."
     if wrong := [c for c in cases if c[0] not in SETS or c[1] not in EPOCHS]:
         raise SFTError(f"race: {wrong[0]}; give pairs of one of {', '.join(SETS)} and one of "
                        f"{', '.join(map(str, EPOCHS))} images a class.")
+    _require_names(trick)
     def row(d, n, s): return _row(bench(d, n, False, s, _shown(trick), trick.top), trick, n, s)
     return pd.DataFrame([{"data": d, "n": n, "trick": name, "seed": s} | row(d, n, s)
                          for d, n in cases for s in seeds])
