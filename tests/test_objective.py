@@ -156,7 +156,7 @@ def test_an_own_loss_learns_on_flowers_and_on_hands(data, cache):
     tuner.run_phase(Phase("head", looks_at="last"))
     tuner.run_phase(Phase(3, epochs=2, batch_size=8, views=2, loss=squared))
     losses = [row["train_loss"] for row in tuner.history if row["train"] == 3]
-    assert losses[-1] < losses[0] and tuner.measure().accuracy > 2 / len(tuner.catalog.classes)
+    assert losses[-1] < losses[0] and tuner.measure().accuracy > 1.5 / len(tuner.catalog.classes)
 
 
 def test_every_name_makes_a_loss_that_can_be_used():
