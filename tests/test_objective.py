@@ -1,4 +1,5 @@
 "Losses, samplers and views of a phase: by name and of one's own, resumable, refused in a sentence; and the trick lab."
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,11 @@ from sft_course.tools.settings import SFTError
 
 SMALL = {"size": 64}
 SHORT = {"epochs": 2, "batch_size": 8, "views": 3}
+
+
+def named(value):
+    "An id for a test that is the same in every process: no addresses."
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def squared(logits, labels):
@@ -56,7 +62,7 @@ def usual(hard, tmp_path_factory):
 
 @pytest.mark.parametrize("given", [{"loss": "weighted"}, {"loss": "focal"}, {"loss": "logit_adjusted"}, {"loss": squared},
                                    {"sampler": "balanced"}, {"augment": "strong"}, {"augment": "plain"},
-                                   {"augment": "mixup"}, {"augment": "cutmix"}], ids=str)
+                                   {"augment": "mixup"}, {"augment": "cutmix"}], ids=named)
 def test_every_name_changes_what_is_learned_and_the_same_again_does_not(hard, usual, given):
     one = state_after(hard, **given)
     assert not same(one, usual) and same(one, state_after(hard, **given))
@@ -79,7 +85,7 @@ def test_own_samplers_and_views_are_used(hard):
 @pytest.mark.parametrize("wrong, says", [
     ({"loss": "focsl"}, "loss = 'focsl': use one of cross_entropy"), ({"loss": 3}, "give a name, or a function"),
     ({"sampler": "even"}, "use one of shuffle, balanced"), ({"augment": "flip"}, "use one of crops, strong"),
-    ({"loss": None}, "give a name"), ({"loss": "focal", "label_smoothing": .1}, "label_smoothing is for cross_entropy")], ids=str)
+    ({"loss": None}, "give a name"), ({"loss": "focal", "label_smoothing": .1}, "label_smoothing is for cross_entropy")], ids=named)
 def test_what_cannot_be_is_refused_where_it_is_written(wrong, says):
     with pytest.raises(SFTError, match=says) as e:
         Phase(3, **wrong)
@@ -114,7 +120,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("given", [{"loss": squared, "sampler": "balanced"}, {"loss": "focal", "augment": "mixup"}], ids=str)
+@pytest.mark.parametrize("given", [{"loss": squared, "sampler": "balanced"}, {"loss": "focal", "augment": "mixup"}], ids=named)
 def test_a_run_with_its_own_objective_goes_on_to_the_same_bytes_and_with_no_other(hard, tmp_path, given):
     def run(out, stop_at=None, **how):
         rows = []
