@@ -1,6 +1,5 @@
 "Losses, samplers and views of a phase: by name and of one's own, resumable, refused in a sentence; and the trick lab."
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,11 +32,6 @@ def squared(logits, labels):
 
 def as_sum(logits, labels):
     return squared(logits, labels).sum(), len(labels)
-
-
-def called(given):
-    "An id that is the same in every process: functions by name."
-    return "-".join(getattr(v, "__name__", str(v)) for v in given.values()) if isinstance(given, dict) else "says"
 
 
 def state_after(folder, **objective):
