@@ -325,9 +325,13 @@ def _study(optuna, tuner, folder, storage, start, space, prune, sampler):
     "The study, begun or found."
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4) if prune else optuna.pruners.NopPruner()
     with _lock(folder, "study") if folder else nullcontext():
-        study = optuna.create_study(storage=_storage(optuna, folder, storage), study_name="tune",
-                                    load_if_exists=True, pruner=pruner,
-                                    sampler=sampler or _sampler(optuna, start, space, tuner.seed))
+        opened = _storage(optuna, folder, storage)
+        try:
+            study = optuna.create_study(storage=opened, study_name="tune", load_if_exists=True, pruner=pruner,
+                                        sampler=sampler or _sampler(optuna, start, space, tuner.seed))
+        except (ValueError, KeyError) as e:  # a line of the journal that is none
+            raise SFTError(f"{storage or folder / 'study.journal'}: this cannot be read ({type(e).__name__}); "
+                           "give another place for a new search.") from None
         _require_same(study, _plan_of(tuner, start, space), storage or f"{folder}")
     return study
 
