@@ -330,8 +330,9 @@ def _study(optuna, tuner, folder, storage, start, space, prune, sampler):
             study = optuna.create_study(storage=opened, study_name="tune", load_if_exists=True, pruner=pruner,
                                         sampler=sampler or _sampler(optuna, start, space, tuner.seed))
         except (ValueError, KeyError) as e:  # a line of the journal that is none
-            raise SFTError(f"{storage or folder / 'study.journal'}: this cannot be read ({type(e).__name__}); "
-                           "give another place for a new search.") from None
+            where = storage or folder / "study.journal"
+            raise SFTError(f"{where}: this cannot be read ({type(e).__name__}); give another place for a "
+                           "new search.") from None
         _require_same(study, _plan_of(tuner, start, space), storage or f"{folder}")
     return study
 
