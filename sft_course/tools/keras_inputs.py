@@ -18,8 +18,9 @@ from .keras_start import open_keras
 def decode_square(path: str | Path, size: int) -> np.ndarray:
     """The central square of a JPEG or PNG file as uint8 (size, size, 3), read and resized by TensorFlow.
 
-    Equal to `read_picture` but for rounding, one grey level of 255. It reads 8-bit colours or greys, no
-    transparency, and does not turn an image upright as its EXIF data asks. Raises `SFTError` for other files.
+    Equal to `read_picture` but for rounding: at most two grey levels of 255, mostly none or one. It reads
+    8-bit colours or greys, no transparency, and does not turn an image upright as its EXIF data asks. Raises
+    `SFTError` for other files.
     """
     open_keras()
     import tensorflow as tf
