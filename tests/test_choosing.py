@@ -14,10 +14,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from typer.testing import CliRunner
 
 from sft_course.choosing import bootstrap_mean, cheapest_level, cross_val_logits, h_score, kendall, knn_accuracy, logme, paired_difference
-from sft_course.tools.choosing_lab import packed, unpacked
 from sft_course.tools.compare import compare_backbones
 from sft_course.tools.compare_command import compare
 from sft_course.tools.opening import open_backbone
+from sft_course.tools.records import packed, unpacked
 from sft_course.tools.settings import SFTError, load_settings
 from sft_course.tools.weights import LARGER_SHA256, PACKAGED, _packaged_weights
 

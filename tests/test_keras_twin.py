@@ -12,7 +12,7 @@ from sft_course.backbones import new_head
 from sft_course.data import decoded_size, plain_view, random_view, rotate, to_input
 from sft_course.freezing import exact_head
 from sft_course.keras_twin import keras_twin, port_weights, set_trainable, torch_state, twin_loop
-from sft_course.tools import keras_start
+from sft_course.tools import extras
 from sft_course.tools.decoding import read_picture
 from sft_course.tools.intake import scan
 from sft_course.tools.keras_inputs import decode_square, keras_score, view_images
@@ -46,14 +46,14 @@ def pair():
 # ---- opening
 
 def test_without_the_extra_one_sentence_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(keras_start, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     with pytest.raises(SFTError, match=r"pip install 'sft_course\[tensorflow\]'") as e:
         open_keras()
     assert "\n" not in str(e.value)
 
 
 def test_tensorflow_before_timm_is_refused_and_not_tried(monkeypatch):
-    monkeypatch.setattr(keras_start, "find_spec", lambda name: True)
+    monkeypatch.setattr(extras, "find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "tensorflow", sys)
     monkeypatch.delitem(sys.modules, "timm", raising=False)
     with pytest.raises(SFTError, match="`import timm` first"):

@@ -9,8 +9,8 @@ __all__ = ['app', 'DIR', 'Folder', 'Artifact', 'Out', 'AsJson', 'Strict', 'WATCH
            'backbones', 'notebooks', 'cache', 'doctor', 'main']
 
 # %% ../../nbs/tools/cli.ipynb #a54f30df
-import difflib, json, math, os, re, shlex, signal, sys, warnings
-from contextlib import contextmanager, nullcontext, redirect_stdout
+import difflib, math, os, re, shlex, signal, sys, warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Annotated, Any, Callable, Iterator, Optional
 import typer
 import sft_course
 from .settings import load_settings, SFTError
+from .terminal import plain, progress, results, typed_path
 from .compare_command import compare
 from .tune_command import tune
 from .shipping_commands import card, export, push, serve
@@ -40,19 +41,12 @@ def _all(version: Annotated[bool, typer.Option("--version", callback=_version, i
                                                help="Print the version and end.")] = False) -> None:
     "Options that stand before a command."
 
-# %% ../../nbs/tools/cli.ipynb #0a72d66d
-def _path(text: str) -> Path:
-    "A path that a person typed, with `~` expanded. An empty one is a mistake."
-    if not text: raise typer.BadParameter("the path is empty; is a variable of the shell unset?")
-    try: return Path(text).expanduser()
-    except RuntimeError: pass
-    raise typer.BadParameter(f"{text}: the home folder is not known here; give the whole path.")
-
 # %% ../../nbs/tools/cli.ipynb #df59db6a
 DIR = "root/train|val|test/class/images, root/class/images, a CSV of path,label, or of text,label"
-Folder = Annotated[Path, typer.Argument(metavar="DIR", parser=_path, help=DIR)]
-Artifact = Annotated[Path, typer.Argument(metavar="OUT", parser=_path, help="A folder that `fit` wrote.")]
-Out = Annotated[Optional[Path], typer.Option("--out", metavar="OUT", parser=_path,
+Folder = Annotated[Path, typer.Argument(metavar="DIR", parser=typed_path, help=DIR)]
+Artifact = Annotated[Path, typer.Argument(metavar="OUT", parser=typed_path,
+    help="A folder that `fit` wrote.")]
+Out = Annotated[Optional[Path], typer.Option("--out", metavar="OUT", parser=typed_path,
     help="Folder for the artifact; by default named after the data, here.")]
 AsJson = Annotated[bool, typer.Option("--json",
     help="Print one JSON object, and nothing else, on standard output.")]
@@ -73,25 +67,6 @@ def _typed(path: Path | str) -> str:
     "A path as it can be typed in a shell."
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
-
-# %% ../../nbs/tools/cli.ipynb #2deee63b
-@contextmanager
-def _results(as_json: bool) -> Iterator[Callable[[Any], None]]:
-    "Yields what prints the one JSON object, if it was asked for: all other text goes to standard error then."
-    out = sys.stdout
-    def done(value: Any) -> None:
-        if as_json: print(json.dumps(_plain(value), allow_nan=False), file=out)
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        yield done
-
-# %% ../../nbs/tools/cli.ipynb #81cf3d6d
-def _plain(value: Any) -> Any:
-    "The same in what JSON has. A number that is not finite becomes null, which every reader understands."
-    if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
-    if isinstance(value, float): return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)): return value
-    return _plain(value.item()) if hasattr(value, "item") else str(value)
 
 # %% ../../nbs/tools/cli.ipynb #8f5fbc53
 def _notes(texts: list[str], where: str, most: int = 10) -> None:
@@ -254,7 +229,7 @@ Name = Annotated[Optional[str], typer.Option("--name", parser=_name, metavar="NA
     help="Name of the artifact's folder: ./NAME, or OUT/NAME.")]
 Net = Annotated[Optional[str], typer.Option("--backbone", metavar="NAME",
     help="lite0, a name of torchvision or timm (see sft-course backbones), timm/NAME or hf-hub:OWNER/NAME.")]
-Weights = Annotated[Optional[Path], typer.Option("--weights", parser=_path, metavar="FILE",
+Weights = Annotated[Optional[Path], typer.Option("--weights", parser=typed_path, metavar="FILE",
     help="Start from your own checkpoint instead of the pretrained weights; nothing in it is executed.")]
 Size = Annotated[Optional[int], typer.Option("--image-size",
     help="Pixels on a side that the network sees, 32 to 1024.")]
@@ -274,9 +249,9 @@ Loss = Annotated[Optional[str], typer.Option("--loss", metavar="NAME",
     help="What tuning minimises: cross_entropy, weighted, focal or logit_adjusted.")]
 
 # %% ../../nbs/tools/cli.ipynb #a66d0fcf
-Val = Annotated[Optional[Path], typer.Option("--val", parser=_path, metavar="DIR",
+Val = Annotated[Optional[Path], typer.Option("--val", parser=typed_path, metavar="DIR",
     help="Class folders to choose with.")]
-Test = Annotated[Optional[Path], typer.Option("--test", parser=_path, metavar="DIR",
+Test = Annotated[Optional[Path], typer.Option("--test", parser=typed_path, metavar="DIR",
     help="Class folders to report on.")]
 Watch = Annotated[Optional[str], typer.Option("--watch", parser=_watcher, metavar="|".join(WATCHERS),
     help="Log every epoch there; the library must be installed.")]
@@ -318,7 +293,7 @@ def demo(out: Out = None, as_json: AsJson = False) -> None:
     """
     from sft_course.recipe import demo as run
     artifact = _free(out or Path("sft-demo"))
-    with _results(as_json) as done:
+    with results(as_json) as done:
         with _resumable(artifact, "the demo begins anew when it is started again"):
             scratch, result = run(artifact)
         _tell(result, artifact)
@@ -355,7 +330,7 @@ def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None
     recipe = _given(weights=weights and str(_there(weights, "file")), epochs=epochs, lr=lr, train=train,
                     batch_size=batch_size, loss=loss, watch=watch, keep_checkpoint=keep_checkpoint or None)
     artifact = _outside(_artifact(_there(folder), out, name, resume), folder, val, test)
-    with _results(as_json) as done:
+    with results(as_json) as done:
         with _resumable(artifact): result = _fit(folder, parts, artifact, settings, resume, recipe)
         _tell(result, artifact)
         done(_summary(result, artifact))
@@ -368,7 +343,7 @@ def _fit_texts(file: Path, artifact: Path, test: Path | None, unfit: dict, as_js
     if unfit:
         raise SFTError(f"--{next(iter(unfit)).replace('_', '-')} is for images, and {file} holds texts; "
                        "leave it out.")
-    with _results(as_json) as done:
+    with results(as_json) as done:
         with _resumable(artifact):
             card = fit_text_file(file, artifact, test and _there(test, "file"), **recipe)
         m = card["metrics"]
@@ -383,10 +358,6 @@ def _given(**options: Any) -> dict[str, Any]:
     "Those options that a person gave."
     return {k: v for k, v in options.items() if v is not None}
 
-def _progress(text: str) -> None:
-    "A line that says how far a run is."
-    print(text, file=sys.stderr, flush=True)
-
 # %% ../../nbs/tools/cli.ipynb #49f920a0
 def _fit(folder: Path, parts: dict, artifact: Path, settings, resume: bool, recipe: dict):
     "The `Result` of a run: `parts` says how the folder is read, `recipe` what of the recipe is changed."
@@ -398,7 +369,7 @@ def _fit(folder: Path, parts: dict, artifact: Path, settings, resume: bool, reci
         changed = {k: recipe.pop(k) for k in ("train", "epochs", "lr", "batch_size") if k in recipe}
         recipe["phases"] = with_objective(default_phases(settings, **changed), loss=loss)
     _few_threads(len(catalog), settings.fit_image_size)
-    return fine_tune(catalog, out=artifact, settings=settings, resume=resume, say=_progress, **recipe)
+    return fine_tune(catalog, out=artifact, settings=settings, resume=resume, say=progress, **recipe)
 
 # %% ../../nbs/tools/cli.ipynb #aba160a3
 @app.command(epilog="Examples: sft-course check photos/; sft-course check photos/ --strict --json")
@@ -413,7 +384,7 @@ def check(folder: Folder, strict: Strict = False, as_json: AsJson = False) -> No
     from sft_course.tools.catalog import require_whole
     from sft_course.tools.intake import scan
     settings = load_settings()
-    with _results(as_json) as done:
+    with results(as_json) as done:
         size = decoded_size(settings.fit_image_size)
         found = decode_once(scan(_there(folder), settings.seed), size, settings.cache_dir)
         c, problems = found.catalog, found.catalog.problems + find_problems(found)
@@ -482,9 +453,9 @@ def _table_of(file: Path | None, top: int) -> Iterator[Callable[[Any], None]]:
         yield lambda p: table.writerow([p.path, *(v for pair in _best(p, top) for v in pair)])
 
 # %% ../../nbs/tools/cli.ipynb #c5100b7e
-Files = Annotated[list[Path], typer.Argument(metavar="FILE…", parser=_path,
+Files = Annotated[list[Path], typer.Argument(metavar="FILE…", parser=typed_path,
     help="Images, or folders of images.")]
-Csv = Annotated[Optional[Path], typer.Option("--csv", parser=_path, metavar="FILE",
+Csv = Annotated[Optional[Path], typer.Option("--csv", parser=typed_path, metavar="FILE",
     help="Write a table instead of lines.")]
 Top = Annotated[int, typer.Option("--top", min=1, metavar="K",
     help="How many classes to name, the most probable first.")]
@@ -505,7 +476,7 @@ def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, as_
     from sft_course.tools.artifact import load_artifact
     result = load_artifact(_there(artifact), pick_device(load_settings()))
     rows: list[dict] | None = [] if as_json else None
-    with _results(as_json) as done:
+    with results(as_json) as done:
         found = result.predict_stream(files)
         n, skipped = _write_predictions(found, csv, min(top, len(result.classes)), rows)
         if csv: print(f"{n} predictions in {csv}")
@@ -525,7 +496,7 @@ def _predict_texts(folder: Path, given: list[Path], csv: Path | None, as_json: b
     "Print what a model says of texts, or write it to the table `csv`."
     from sft_course.tools.files import plain_frame
     from sft_course.tools.text_files import predict_texts
-    with _results(as_json) as done:
+    with results(as_json) as done:
         said = predict_texts(folder, _asked(given))
         columns = ["text", "label", "probability"]
         rows = plain_frame(([r[c] for c in columns] for r in said), columns)
@@ -642,7 +613,7 @@ def _report_on(asked: _Asked) -> str:
     return report_html(card, asked.result.history, asked.evaluation, None, asked.result.backbone, seen)
 
 # %% ../../nbs/tools/cli.ipynb #3d57f81c
-Report = Annotated[Optional[Path], typer.Option("--report", parser=_path, metavar="FILE",
+Report = Annotated[Optional[Path], typer.Option("--report", parser=typed_path, metavar="FILE",
     help="The report; by default OUT/report-NAME.html, NAME being that of DIR.")]
 Split = Annotated[Optional[str], typer.Option("--split", metavar="NAME",
     help="train, val, test or all; by default test, else val, else all.")]
@@ -660,7 +631,7 @@ def evaluate(artifact: Artifact, folder: Folder, report: Report = None, split: S
     from sft_course.tools.torch_state import pick_device
     from sft_course.tools.artifact import load_artifact
     settings = load_settings()
-    with _results(as_json) as done:
+    with results(as_json) as done:
         result = load_artifact(_there(artifact), pick_device(settings))
         report = _report_place(report, artifact, _there(folder))
         asked = _ask(result, folder, split, settings)
@@ -677,7 +648,7 @@ def _evaluation(asked: _Asked) -> dict:
     e = asked.evaluation
     problems = [{"path": p.path, "kind": p.kind, "message": p.message} for p in asked.pixels.catalog.problems]
     return {"accuracy": e.accuracy, "interval": wilson(e.right.sum(), len(e)), "n": len(e),
-            "split": asked.split, "classes": list(e.classes), "per_class": _plain(_table(e)),
+            "split": asked.split, "classes": list(e.classes), "per_class": plain(_table(e)),
             "problems": problems}
 
 # %% ../../nbs/tools/cli.ipynb #0374aa2a
@@ -738,7 +709,7 @@ def backbones(part: Part = None, as_json: AsJson = False) -> None:
     """
     import textwrap
     shape = {"width": 110, "subsequent_indent": " " * 13, "break_on_hyphens": False}
-    with _results(as_json) as done:
+    with results(as_json) as done:
         names = _names()
         found = _matching(names, part) if part else names
         for source, some in found.items():
@@ -795,7 +766,7 @@ def _is_there(file: Path, copy: Path) -> bool:
     return copy.exists() and (copy.name == "settings.ini" or copy.read_bytes() == file.read_bytes())
 
 # %% ../../nbs/tools/cli.ipynb #2540a549
-To = Annotated[Path, typer.Argument(metavar="TO", parser=_path, help="Folder to copy into.")]
+To = Annotated[Path, typer.Argument(metavar="TO", parser=typed_path, help="Folder to copy into.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace notebooks there that were changed.")]
 
 # %% ../../nbs/tools/cli.ipynb #34b4b523
@@ -807,7 +778,7 @@ def notebooks(to: To = Path("sft-course"), force: Force = False, as_json: AsJson
     Nothing there that differs is overwritten without --force, and settings.ini never.
     """
     from importlib.util import find_spec
-    with _results(as_json) as done:
+    with results(as_json) as done:
         try: copied = _copy(_chapters(), to, force)
         except OSError as e:
             raise SFTError(f"{to}: cannot be written ({e.strerror}); give another folder.") from None
@@ -835,7 +806,7 @@ def cache(clear: Clear = False, as_json: AsJson = False) -> None:
     """
     from sft_course.tools.budget import cache_summary, clear_cache
     place = load_settings().cache_dir
-    with _results(as_json) as done:
+    with results(as_json) as done:
         freed = clear_cache(place) if clear else 0
         kinds = cache_summary(place)
         total = sum(k["bytes"] for k in kinds)
@@ -927,7 +898,7 @@ _LOOKS = {"versions": _versions, "settings": _settings_in_force, "device": _devi
 @app.command(epilog="Examples: sft-course doctor; sft-course doctor --json")
 def doctor(as_json: AsJson = False) -> None:
     """Say what a bug report needs: versions, device, threads, cache, weights, speed (two seconds)."""
-    with _results(as_json) as done:
+    with results(as_json) as done:
         told = {}
         for name, to_input in _LOOKS.items():
             told[name] = _found(to_input)

@@ -6,12 +6,11 @@
 __all__ = ['compare']
 
 # %% ../../nbs/tools/compare_command.ipynb #744fec5a
-import json, sys
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .settings import load_settings, SFTError
+from .terminal import progress, results
 
 # %% ../../nbs/tools/compare_command.ipynb #45773362
 _Data = Annotated[str, typer.Argument(metavar="DATA", help="A folder of images in class folders, or a CSV.")]
@@ -43,18 +42,15 @@ def compare(data: _Data, backbones: _Names = "lite0,lite1,lite2", size: _Size = 
     validation images. What is computed is kept: the same command goes on where it was stopped.
     """
     _figure_place(figure)
-    out = sys.stdout
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+    with results(as_json) as done:
         from sft_course.tools.compare import compare_backbones
         found = compare_backbones(data, backbones, settings=load_settings(fit_image_size=size, seed=seed),
-                                  say=lambda text: print(text, file=sys.stderr))
+                                  say=progress)
         if figure:
             found.figure().savefig(figure, bbox_inches="tight")
         print(_as_text(found.table))
         print(found.advice)
-    if as_json:
-        rows = json.loads(found.table.to_json(orient="records", double_precision=15))
-        print(json.dumps({"candidates": rows, "advised": found.advised, "advice": found.advice}), file=out)
+        done({"candidates": found.table.to_dict("records"), "advised": found.advised, "advice": found.advice})
 
 def _as_text(table) -> str:
     "The table as a person reads it in a terminal."

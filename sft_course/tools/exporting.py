@@ -22,7 +22,8 @@ from .extras import require_extra
 from .intake import scan
 from .pixels import decode_once
 from ..data import decoded_size
-from ..evaluation import COOLEST, fit_temperature, HOTTEST
+from ..evaluation import fit_temperature
+from .report import _at_end
 from .logits import eval_logits, evaluate
 from .predict import Result
 from .artifact import read_card
@@ -365,7 +366,7 @@ def held(result: Result, data: str | Path | None = None, cache_dir: str | Path |
 
     unseen = same and card.get("chosen") == "tuned"  # a returned head has learned from validation images too
     temperature = fit_temperature(said(found.catalog.rows("val"))) if unseen else 1.0
-    if not 1.01 * COOLEST < temperature < HOTTEST / 1.01:
+    if _at_end(temperature):
         temperature = 1.0
     code = np.array([card["classes"].index(c) if c in card["classes"] else -1 for c in found.catalog.classes])
     if (code < 0).any():

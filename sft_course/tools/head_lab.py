@@ -31,7 +31,7 @@ def _folder(name: str) -> Path:
     if name in ("garden", "night"):
         return open_dataset(load_settings(dataset="blooms", blooms_domain=name))
     photos = Path(os.environ.get("SFT_PHOTOS", "")) / name
-    if not photos.is_dir():
+    if not os.environ.get("SFT_PHOTOS") or not photos.is_dir():
         raise SFTError(f"SFT_PHOTOS: there is no folder {name} in it; set it to a folder that holds {name}.")
     return photos
 

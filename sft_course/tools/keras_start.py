@@ -8,10 +8,10 @@ __all__ = ['open_keras']
 # %% ../../nbs/tools/keras_start.ipynb #84da9365
 import os, sys
 from contextlib import contextmanager
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Iterator
 from .settings import SFTError
+from .extras import require_extra
 
 # %% ../../nbs/tools/keras_start.ipynb #7c3063b8
 @contextmanager
@@ -35,8 +35,7 @@ def open_keras() -> ModuleType:
     """
     backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if missing := [name for name in ("keras", backend) if not find_spec(name)]:
-        raise SFTError(f"{missing[0]} is not installed; run `pip install 'sft_course[tensorflow]'`.")
+    require_extra("tensorflow", "keras", backend)
     if "tensorflow" in sys.modules and "timm" not in sys.modules:
         raise SFTError("TensorFlow was imported before timm, which can end the process; "
                        "start again, with `import timm` first.")

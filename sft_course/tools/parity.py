@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 from .settings import SFTError
+from .extras import require_extra
 from ..backbones import Backbone
 from .keras_start import open_keras
 from ..keras_twin import _axes, torch_name
@@ -79,9 +80,8 @@ def framework_defaults() -> pd.DataFrame:
     Raises `SFTError` where transformers is not installed.
     """
     layers, theirs, ours = open_keras().layers, open_keras().optimizers, torch.optim
-    try: from transformers import TrainingArguments
-    except ImportError:
-        raise SFTError("transformers is not installed; run `pip install 'sft_course[text]'`.") from None
+    require_extra("text", "transformers")
+    from transformers import TrainingArguments
     of = {f.name: f.default for f in fields(TrainingArguments)}
     pairs = {
         "AdamW: learning rate": (ours.AdamW, "lr", theirs.AdamW, "learning_rate", of["learning_rate"]),

@@ -280,11 +280,15 @@ def _matrix(test: Evaluation) -> str:
             f'said</th>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 # %% ../../nbs/tools/report.ipynb #9de6fe22
+def _at_end(temperature: float) -> bool:
+    "Whether a fitted temperature lies at an end of what was searched: then it says nothing."
+    return not 1.01 * COOLEST < temperature < .99 * HOTTEST
+
 def _calibration_part(test: Evaluation, held: Evaluation | None) -> str:
     "How much the confidences are worth, before and after a temperature fitted on the validation images."
     if not len(test): return ""
     t = fit_temperature(held) if held is not None and len(held) else None
-    at_end = t is not None and not 1.01 * COOLEST < t < .99 * HOTTEST
+    at_end = t is not None and _at_end(t)
     diagonal = f'<path d="M{_xy(0, 0)} L{_xy(1, 1)}" stroke="var(--soft)" stroke-dasharray="3 4"/>'
     inside = (_axes("confidence", "accuracy", {x: f"{x:g}" for x in (0, 0.25, 0.5, 0.75, 1)}) + diagonal
               + _reliability_svg(test, "var(--bad)"))

@@ -7,22 +7,16 @@ __all__ = ['ArtifactFolder', 'Format', 'Data', 'Int8', 'Json', 'Intended', 'Abou
            'Host', 'Port', 'MaxMB', 'MaxMP', 'Seconds', 'Together', 'Waiting', 'export', 'card', 'push', 'serve']
 
 # %% ../../nbs/tools/shipping_commands.ipynb #scab1981
-import json, math, sys
+import json, sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
 from .settings import expanded, load_settings, SFTError
+from .terminal import plain, progress, typed_path
 
 # %% ../../nbs/tools/shipping_commands.ipynb #sc83b8d1
 _FORMATS = ("onnx", "torch", "timm", "transformers")
-
-
-def _path(text: str) -> Path:
-    "A path that a person typed."
-    if not text:
-        raise typer.BadParameter("the path is empty; is a variable of the shell unset?")
-    return expanded(text)
 
 
 def _format(text: str) -> str:
@@ -33,7 +27,7 @@ def _format(text: str) -> str:
 
 
 ArtifactFolder = Annotated[
-    Path, typer.Argument(metavar="OUT", parser=_path, help="A folder that `fit` wrote.")
+    Path, typer.Argument(metavar="OUT", parser=typed_path, help="A folder that `fit` wrote.")
 ]
 Format = Annotated[
     str, typer.Option("--to", parser=_format, metavar="|".join(_FORMATS), help="What to write.")
@@ -42,7 +36,7 @@ Data = Annotated[
     Optional[Path],
     typer.Option(
         "--data",
-        parser=_path,
+        parser=typed_path,
         metavar="DIR",
         help="Images to compare on: the folder OUT was fitted on (its test images; temperature), or another.",
     ),
@@ -57,13 +51,7 @@ Json = Annotated[
 # %% ../../nbs/tools/shipping_commands.ipynb #sc642cf2
 def _printed(value: dict, as_json: bool, lines: list[str]) -> None:
     "The answer of a command, for a program or for a person."
-
-    def plain(v):
-        if isinstance(v, float) and not math.isfinite(v):
-            return None
-        return v.item() if hasattr(v, "item") else str(v)
-
-    print(json.dumps(value, default=plain) if as_json else "\n".join(lines))
+    print(json.dumps(plain(value), allow_nan=False) if as_json else "\n".join(lines))
 
 
 def _artifact(folder: Path):
@@ -285,4 +273,4 @@ def serve(
         batch=batch,
         waiting=waiting,
     )
-    run(artifact, host, port, limits, lambda text: print(text, file=sys.stderr, flush=True))
+    run(artifact, host, port, limits, progress)

@@ -7,15 +7,11 @@ __all__ = ['DATA', 'MOST_TEST', 'DESIGN', 'TRIALS', 'DEFAULT', 'SPLITS', 'SIDES'
            'problem', 'trial_settings', 'trial_run', 'rate_run', 'trial_runs', 'rate_runs']
 
 # %% ../../nbs/tools/trials.ipynb #f5ff1bc5
-import os
 from functools import lru_cache
-from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from .settings import load_settings, SFTError
 from .records import recorded
-from .datasets import open_dataset
 from .catalog import Catalog
 from .intake import scan
 from ..loop import predict_logits, score, Score
@@ -27,6 +23,7 @@ from ..schedules import schedule
 from .phases import Phase
 from .fitting import _source, _val_logits
 from .engine import FineTuner
+from .head_lab import _folder
 from .search_space import draw, SPACE
 
 # %% ../../nbs/tools/trials.ipynb #919dca81
@@ -38,14 +35,7 @@ def trial_catalog(data: str, per_class: int, seed: int) -> Catalog:
 
     Raises `SFTError` where the photographs are missing: `SFT_PHOTOS` names the folder that holds them.
     """
-    photos = Path(os.environ.get("SFT_PHOTOS", "")) / data
-    if data in ("garden", "night"):
-        folder = open_dataset(load_settings(dataset="blooms", blooms_domain=data))
-    elif photos.is_dir():
-        folder = photos
-    else:
-        raise SFTError(f"SFT_PHOTOS: there is no folder {data} in it; set it to a folder that holds {data}.")
-    catalog = scan(folder, seed).sample_per_class(per_class, seed)
+    catalog = scan(_folder(data), seed).sample_per_class(per_class, seed)
     test = np.random.default_rng(0).permutation(catalog.rows("test"))[MOST_TEST:]
     wanted = np.ones(len(catalog), bool)
     wanted[test] = False

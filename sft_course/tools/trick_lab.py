@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'SETS', 'SIZE', 'EPOCHS', 'CODE', 'Trick', 'tricks', 'tail_tricks', 'class_counts', 'draw_rows', 'Bench',
-           'bench', 'train_with', 'to_bits', 'from_bits', 'trick_run', 'tail_run', 'trick_runs', 'tail_runs',
-           'differences', 'ranked', 'draw_ranking', 'draw_cases', 'race', 'beside']
+           'bench', 'train_with', 'trick_run', 'tail_run', 'trick_runs', 'tail_runs', 'differences', 'ranked',
+           'draw_ranking', 'draw_cases', 'race', 'beside']
 
 # %% ../../nbs/tools/trick_lab.ipynb #c9ca038d
-import os
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Callable
 import numpy as np
 import pandas as pd
@@ -19,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .settings import load_settings, SFTError
-from .records import recorded
-from .datasets import open_dataset
+from .records import packed, recorded, unpacked
 from .intake import scan
 from .pixels import decode_once
 from ..data import decoded_size, plain_view
@@ -37,6 +34,7 @@ from ..schedules import schedule
 from sft_course.tools.objectives import (
     drawn_order, make_loss, Mixer, MIXERS, require_loss, smoothed_loss, strong_crops, summed, view_maker,
 )
+from .head_lab import _folder
 from ..objective import holm, paired_difference, pull_to_start, SAM, TailAverage
 
 # %% ../../nbs/tools/trick_lab.ipynb #1a15d322
@@ -82,15 +80,6 @@ def tail_tricks() -> dict[str, Trick]:
 SETS = ("garden", "night", "ants_bees", "hands")
 SIZE = 96  # pixels
 EPOCHS = {10: 10, 40: 3}  # by images a class
-
-def _folder(name: str) -> Path:
-    "The folder of a data set: photographs from where `SFT_PHOTOS` says, or drawn flowers."
-    if name in ("garden", "night"):
-        return open_dataset(load_settings(dataset="blooms", blooms_domain=name))
-    photos = Path(os.environ.get("SFT_PHOTOS", "")) / name
-    if not os.environ.get("SFT_PHOTOS") or not photos.is_dir():
-        raise SFTError(f"SFT_PHOTOS: there is no folder {name} in it; set it to a folder that holds {name}.")
-    return photos
 
 def class_counts(classes: int, n: int, tail: bool, seed: int) -> np.ndarray:
     "How many images (classes,) of each class a run may use: n, or, with a tail, from n down to a tenth."
@@ -232,18 +221,10 @@ def _logits(part: nn.Module, kept: np.ndarray) -> torch.Tensor:
     return predict_logits(part, lambda at: torch.from_numpy(kept[at]).float(), len(kept))
 
 # %% ../../nbs/tools/trick_lab.ipynb #ef10a6b6
-def to_bits(right: np.ndarray) -> str:
-    "Bool (n,) as text: an x, then hexadecimal digits, so that no table takes it for a number."
-    return "x" + np.packbits(right).tobytes().hex()
-
-def from_bits(bits: str, n: int) -> np.ndarray:
-    "Bool (n,), as it was given to `to_bits`."
-    return np.unpackbits(np.frombuffer(bytes.fromhex(bits[1:]), np.uint8))[:n].astype(bool)
-
 def _row(b: Bench, trick: Trick, n: int, seed: int) -> dict:
     val, right = train_with(b, trick, EPOCHS[n], seed)
     return {"val": round(val, 4), "accuracy": round(right.mean(), 4), "images": len(right),
-            "bits": to_bits(right)}
+            "bits": packed(right)}
 
 def trick_run(data: str, n: int, trick: str, seed: int) -> dict:
     "One row of the table on even data."
@@ -278,7 +259,7 @@ def tail_runs() -> pd.DataFrame:
 def _right(runs: pd.DataFrame) -> np.ndarray:
     "Share of the seeds (n,) with which each test image was right, the seeds in order."
     rows = runs.sort_values("seed")
-    return np.mean([from_bits(r.bits, r.images) for r in rows.itertuples()], axis=0)
+    return np.mean([unpacked(r.bits, r.images) for r in rows.itertuples()], axis=0)
 
 def differences(runs: pd.DataFrame, reference: dict[str, str] = REFERENCE) -> pd.DataFrame:
     "A row for each trick and case: points gained on the test, interval, p, Holm's p; gain in validation."

@@ -7,12 +7,11 @@ __all__ = ['LOG', 'Data', 'Out', 'Trials', 'Search', 'Minutes', 'Choose', 'NoPru
            'searched', 'tune']
 
 # %% ../../nbs/tools/tune_command.ipynb #0fe284fa
-import json, math, sys
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
 from .settings import load_settings, SFTError
+from .terminal import progress, results, typed_path
 
 # %% ../../nbs/tools/tune_command.ipynb #40e803d6
 LOG = ("lr", "weight_decay")  # compared by ratio
@@ -44,14 +43,9 @@ def searched(texts: list[str] | None) -> dict[str, Any] | None:
     return space or None
 
 # %% ../../nbs/tools/tune_command.ipynb #18768cbf
-def _path(text: str) -> Path:
-    "A path that a person typed."
-    if not text:
-        raise typer.BadParameter("the path is empty; is a variable of the shell unset?")
-    return Path(text).expanduser()
-
-Data = Annotated[Path, typer.Argument(metavar="DIR", parser=_path, help="Images, one sub-folder per class.")]
-Out = Annotated[Optional[Path], typer.Option("--out", metavar="OUT", parser=_path,
+Data = Annotated[Path, typer.Argument(metavar="DIR", parser=typed_path,
+    help="Images, one sub-folder per class.")]
+Out = Annotated[Optional[Path], typer.Option("--out", metavar="OUT", parser=typed_path,
     help="Folder for the study and the fitted artifact; by default named after the data, here.")]
 Trials = Annotated[int, typer.Option("--trials", metavar="N",
     help="How many settings are tried, the first being the default recipe.")]
@@ -70,26 +64,16 @@ AsJson = Annotated[bool, typer.Option("--json",
     help="Print one JSON object, and nothing else, on standard output.")]
 
 # %% ../../nbs/tools/tune_command.ipynb #f523b1c6
-def _plain(value: Any) -> Any:
-    "What JSON has: a number that is not finite or not there becomes null."
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value.item() if hasattr(value, "item") else value
-
 def _summary(found, out: Path) -> dict[str, Any]:
     "What a program wants to know after a search."
-    rows = [{k: _plain(v) for k, v in row.items()} for row in found.trials.to_dict("records")]
     result = found.result
-    made = {"trials": rows, "chosen": found.chosen, "out": str(out), "artifact": None}
+    made = {"trials": found.trials.to_dict("records"), "chosen": found.chosen, "out": str(out),
+            "artifact": None}
     if result:
         made |= {"artifact": str(result.folder), "accuracy": result.accuracy,
                  "chosen_weights": result.card["chosen"],
                  "head_accuracy": result.card["metrics"]["head_accuracy"]}
     return made
-
-def _progress(text: str) -> None:
-    "A line that says how far the search is."
-    print(text, file=sys.stderr, flush=True)
 
 # %% ../../nbs/tools/tune_command.ipynb #7682b4d4
 def tune(folder: Data, out: Out = None, trials: Trials = 16, search: Search = None, minutes: Minutes = None,
@@ -111,13 +95,12 @@ def tune(folder: Data, out: Out = None, trials: Trials = 16, search: Search = No
         raise SFTError(f"{out}: this lies inside {folder}, where the next run would take it for images; "
                        "give a folder elsewhere with --out.")
     space = searched(search) or SPACE
-    stdout = sys.stdout
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+    with results(as_json) as done:
         try:
             found = run(folder, out=out, trials=trials, space=space, minutes=minutes, choose=choose,
-                        prune=not no_prune, storage=storage, settings=settings, say=_progress)
+                        prune=not no_prune, storage=storage, settings=settings, say=progress)
         except KeyboardInterrupt as stop:
-            _progress(f"sft-course: stopped; {out} holds the trials that have ended; "
+            progress(f"sft-course: stopped; {out} holds the trials that have ended; "
                       "the same command goes on with the others")
             raise typer.Exit(128 + getattr(stop, "signal", 2)) from None
         print(found.trials.to_string(index=False) if len(found.trials) else "no trial was needed")
@@ -127,5 +110,4 @@ def tune(folder: Data, out: Out = None, trials: Trials = 16, search: Search = No
             print(f"accuracy                        {found.result.accuracy:.3f}  "
                   f"(the {found.result.card['chosen']} weights; {metrics['n_test']} test images)")
             print(f"saved in {found.result.folder}")
-    if as_json:
-        print(json.dumps(_summary(found, out), allow_nan=False), file=stdout)
+        done(_summary(found, out))

@@ -14,6 +14,7 @@ from typing import Any, Callable, Iterator, Mapping
 import pandas as pd
 from torch import nn
 from .settings import expanded, load_settings, Settings, SFTError
+from .extras import require_extra
 from .files import whole_file
 from ..backbones import Backbone
 from .phases import Phase, _can_gain
@@ -24,10 +25,8 @@ from .search_space import draw, Range, require_space, SPACE
 # %% ../../nbs/tools/tuning.ipynb #31e54e84
 def _optuna():
     "The module, or one sentence where it is not installed."
-    try:
-        import optuna
-    except ImportError:
-        raise SFTError("tune needs Optuna, which is not installed: pip install 'sft_course[tune]'.") from None
+    require_extra("tune", "optuna")
+    import optuna
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

@@ -9,7 +9,6 @@ __all__ = ['NORMS', 'LAB_SETS', 'LAB_USES', 'WAYS', 'blooms_set', 'learn_rows', 
            'gradual_runs', 'draw_runs']
 
 # %% ../../nbs/tools/unfreezing_lab.ipynb #ul000005
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,7 @@ from PIL import Image
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from .figures import PALETTE
-from .settings import load_settings, SFTError
+from .settings import load_settings
 from .records import recorded
 from .blooms import blooms_folder
 from .intake import scan
@@ -34,6 +33,7 @@ from .surgery import split_at
 from .heads import fit_head
 from ..unfreezing import feature_drift, freeze_below, param_groups, training_mode
 from ..schedules import schedule
+from .head_lab import _folder
 
 # %% ../../nbs/tools/unfreezing_lab.ipynb #ul000008
 def blooms_set(domain):
@@ -58,10 +58,7 @@ def lab_set(name: str) -> PixelCache:
     raises `SFTError` where they are missing."""
     if name in ("garden", "plate", "herbarium", "night"):
         return blooms_set(name)
-    photos = Path(os.environ.get("SFT_PHOTOS", "")) / name
-    if not photos.is_dir():
-        raise SFTError(f"SFT_PHOTOS: there is no folder {name} in it; set it to a folder that holds {name}.")
-    return decode_once(scan(photos), decoded_size(64), load_settings().cache_dir)
+    return decode_once(scan(_folder(name)), decoded_size(64), load_settings().cache_dir)
 
 # %% ../../nbs/tools/unfreezing_lab.ipynb #ul000012
 def test_pictures(domain):

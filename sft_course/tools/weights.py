@@ -38,8 +38,6 @@ def _packaged_weights(name: str) -> dict[str, torch.Tensor]:
                        f"reinstall the package {package}.")
     return torch.load(path, map_location="cpu", weights_only=True)
 
-def _lite0_weights() -> dict[str, torch.Tensor]: return _packaged_weights("lite0")
-
 # %% ../../nbs/tools/weights.ipynb #ad1d2aba
 @own_torch_state()
 def load_weights(model: nn.Module, path: str | Path, head: str | None = None) -> str:
