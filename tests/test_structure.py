@@ -35,7 +35,7 @@ ORDER = [
     "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text", "tools.text_files",
     "tools.garden_notes", "tools.chats", "tools.language_models", "tools.upper_layers", "language",
     "tools.keras_start", "tools.keras_inputs", "keras_twin", "tools.parity",
-    "shipping", "tools.exporting", "tools.model_card", "tools.serving", "tools.clients", "tools.shipping_runs",
+    "shipping", "tools.keras_export", "tools.exporting", "tools.model_card", "tools.serving", "tools.clients", "tools.shipping_runs",
     "tools.shipping_commands",
     "tools.cheat_sheet", "answers",
     "tools.unfreezing_lab", "tools.ladder", "tools.widgets",

@@ -551,7 +551,7 @@ def _table(e) -> list[dict]:
     def share(r, name):
         return {name: float(r[name]), f"{name}_interval": [float(r[f"{name} low"]), float(r[f"{name} high"])]}
     def row(c, r):
-        counts = {"class": c, "pictures": int(r["pictures"]), "predicted": int(r["predicted"])}
+        counts = {"class": c, "images": int(r["images"]), "predicted": int(r["predicted"])}
         return counts | share(r, "recall") | share(r, "precision")
     return [row(c, r) for c, r in per_class(e).iterrows()]
 
@@ -655,7 +655,7 @@ def _evaluation(asked: _Asked) -> dict:
 def _tell_of(asked: _Asked, artifact: Path, told: dict, most: int = 20) -> None:
     "What a person wants to know after an evaluation."
     from sft_course.tools.catalog import _some
-    gone = [r["class"] for r in told["per_class"] if not r["pictures"]]
+    gone = [r["class"] for r in told["per_class"] if not r["images"]]
     notes = [p["message"] for p in told["problems"]]
     if gone: notes.append(f"there is no image of {_some(gone)}")
     if asked.learned:
@@ -669,10 +669,10 @@ def _tell_of(asked: _Asked, artifact: Path, told: dict, most: int = 20) -> None:
 # %% ../../nbs/tools/cli.ipynb #78547b49
 def _tell_classes(told: dict, most: int) -> None:
     "A line for each of the `most` classes of which the smallest share was found."
-    rows = sorted((r for r in told["per_class"] if r["pictures"]), key=lambda r: r["recall"])
+    rows = sorted((r for r in told["per_class"] if r["images"]), key=lambda r: r["recall"])
     for r in rows[:most]:
         low, high = r["recall_interval"]
-        print(f"  {r['class']}: {r['recall']:.3f} of {r['pictures']} found ({low:.3f} to {high:.3f})")
+        print(f"  {r['class']}: {r['recall']:.3f} of {r['images']} found ({low:.3f} to {high:.3f})")
     if len(rows) > most: print(f"  … and {len(rows) - most} classes of which more was found")
 
 # %% ../../nbs/tools/cli.ipynb #57329b6b

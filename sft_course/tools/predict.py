@@ -86,7 +86,7 @@ class Result:
 
     def __repr__(self) -> str:
         m = self.card["metrics"]
-        return (f"Result({m['accuracy']:.3f} accuracy on {m['n_test']} pictures, {len(self.classes)} "
+        return (f"Result({m['accuracy']:.3f} accuracy on {m['n_test']} images, {len(self.classes)} "
                 f"classes, {self.backbone.name})")
 
 # %% ../../nbs/tools/predict.ipynb #7d453e46
