@@ -334,6 +334,14 @@ def test_stopped_before_training_it_is_a_sentence_and_nothing_is_half_written(ha
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"]
 
 
+def test_a_signal_waits_until_a_module_is_loaded(tmp_path):
+    (tmp_path / "slow.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(.3)\nwhole = True\n")
+    code = ("import signal, time; from sft_course.tools import cli; signal.signal(signal.SIGTERM, cli._end)\n"
+            "try:\n    import slow\n    time.sleep(20)\nexcept cli._Ended as e: print(slow.whole, e.signal)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["True", "15"], done.stderr
+
+
 def test_resume_without_a_run_to_go_on_with_starts_one(cli, stripes, tmp_path):
     done = cli("fit", "stripes", *EASY, "--resume", cwd=tmp_path)
     assert done.returncode == 0 and "holds no run to go on with" in done.stderr

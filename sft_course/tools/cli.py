@@ -9,7 +9,7 @@ __all__ = ['app', 'DIR', 'Folder', 'Artifact', 'Out', 'AsJson', 'Strict', 'WATCH
            'backbones', 'notebooks', 'cache', 'doctor', 'main']
 
 # %% ../../nbs/tools/cli.ipynb #a54f30df
-import difflib, math, os, re, shlex, signal, sys, warnings
+import difflib, math, os, re, shlex, signal, sys, threading, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -171,8 +171,16 @@ class _Ended(BaseException):
         self.signal, self.text = signal, text
 
 def _end(number: int, frame: Any = None) -> None:
-    "What a signal does."
-    raise _Ended(number)
+    "What a signal does: at once, or a moment after the last import has ended."
+    if not _importing(frame): raise _Ended(number)
+    later = threading.Timer(.05, os.kill, (os.getpid(), number))
+    later.daemon = True
+    later.start()
+
+def _importing(frame: Any) -> bool:
+    "Whether a module is being loaded: an exception that passes through its C++ code can abort the process."
+    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"): frame = frame.f_back
+    return frame is not None
 
 # %% ../../nbs/tools/cli.ipynb #72a042c8
 def _again() -> str:
