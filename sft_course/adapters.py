@@ -32,19 +32,21 @@ class LoRA(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + self.scale * (self.B @ self.A).view_as(weight)
 
-# %% ../nbs/13_adapters.ipynb #c52a97fc
+# %% ../nbs/13_adapters.ipynb #022ce367
 def lora_layers(model: nn.Module, full: Sequence[str] = ()) -> tuple[str, ...]:
     """Names of the layers that get LoRA: linear ones, and convolutions that mix all channels; none within
     the modules `full`, which train as a whole."""
     return tuple(name for name, m in model.named_modules() if _mixes(m) and not _within(name, full))
 
+# %% ../nbs/13_adapters.ipynb #3cb9c646
 def _mixes(m: nn.Module) -> bool:
     return isinstance(m, nn.Linear) or isinstance(m, nn.Conv2d) and m.groups == 1
 
+# %% ../nbs/13_adapters.ipynb #7e841562
 def _within(name: str, modules: Sequence[str]) -> bool:
     return any(name == m or name.startswith(m + ".") for m in modules)
 
-# %% ../nbs/13_adapters.ipynb #76a2aa31
+# %% ../nbs/13_adapters.ipynb #e62bf3b6
 @dataclass(frozen=True)
 class Adapter:
     """What of a network moves: `kind` is `lora`, `bias` or `norms`; `layers` the modules that it is about;
@@ -55,18 +57,20 @@ class Adapter:
     rank: int = 0
     alpha: float = 0.
 
+# %% ../nbs/13_adapters.ipynb #16ee4700
 def adapter_of(model: nn.Module) -> Adapter:
     "What was added to the network. Raises `SFTError` where nothing was."
     if getattr(model, "sft_adapter", None) is None:
         raise SFTError("this network has no adapter; add_lora or train_only gives it one.")
     return model.sft_adapter
 
+# %% ../nbs/13_adapters.ipynb #8e293aa1
 def moving(model: nn.Module) -> dict[str, nn.Parameter]:
     "The parameters that an adapter lets move, by name: those that get gradients."
     adapter_of(model)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-# %% ../nbs/13_adapters.ipynb #464c3f62
+# %% ../nbs/13_adapters.ipynb #f0e08b4d
 def add_lora(model: nn.Module, rank: int, alpha: float | None = None, layers: Sequence[str] | None = None,
              full: Sequence[str] = (), seed: int = 0) -> nn.Module:
     """The same network (changed in place), frozen but for LoRA in `layers` and for modules `full`, the head.
@@ -77,37 +81,40 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None, layers: Se
     if not isinstance(rank, int) or rank < 1:
         raise SFTError(f"add_lora: rank = {rank!r}; use a whole number, 1 or more.")
     layers = lora_layers(model, full) if layers is None else tuple(layers)
-    found = _begin(model, layers, full)
+    known = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    found = _begin(model, layers, full, known)
     alpha = float(rank if alpha is None else alpha)
-    for name, layer in found.items():
-        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-            raise SFTError(f"add_lora: {name} is a {type(layer).__name__}; name linear layers and "
-                           "convolutions.")
     with seeded(seed):
         for layer in found.values():
             parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank, alpha))
     model.sft_adapter = Adapter("lora", layers, tuple(full), rank, alpha)
     return model
 
-def _begin(model: nn.Module, layers: Sequence[str], full: Sequence[str]) -> dict[str, nn.Module]:
-    "Freeze everything but modules `full`; the layers by name."
+# %% ../nbs/13_adapters.ipynb #a5205075
+def _begin(model: nn.Module, layers: Sequence[str], full: Sequence[str],
+           can: Sequence[str]) -> dict[str, nn.Module]:
+    "Freeze everything but modules `full`; the layers, which must be some that `can`, by name."
     known = dict(model.named_modules())
     if getattr(model, "sft_adapter", None):
-        raise SFTError("this network has an adapter; take it off first, by remove_adapter, or copy the base.")
+        raise SFTError("this network has an adapter; take it off by remove_adapter, or open the base anew.")
     if missing := [n for n in (*layers, *full) if n not in known]:
         raise SFTError(f"there is no layer {missing[0]} in this network; model.named_modules() lists them.")
+    if wrong := [n for n in layers if n not in can]:
+        kind = type(known[wrong[0]]).__name__
+        raise SFTError(f"{wrong[0]} is a {kind}, which such an adapter cannot change.")
     if not layers: raise SFTError("there is no layer in this network that the adapter could change.")
     model.requires_grad_(False)
     for name in full: known[name].requires_grad_(True)
     return {name: known[name] for name in layers}
 
-# %% ../nbs/13_adapters.ipynb #3fa014c6
+# %% ../nbs/13_adapters.ipynb #3f2bd154
 @dataclass(frozen=True)
 class Merged:
     "What `unmerge` needs: the adapter, and of each layer the weight as it was and its LoRA."
     adapter: Adapter
     layers: dict[str, tuple[torch.Tensor, LoRA]]
 
+# %% ../nbs/13_adapters.ipynb #17efff00
 def merge(model: nn.Module) -> Merged:
     "Write each sum W + (alpha / rank) B A into its layer, in place: a plain network, with the base's names."
     adapter, undo = adapter_of(model), {}
@@ -119,6 +126,7 @@ def merge(model: nn.Module) -> Merged:
     model.sft_adapter = None
     return Merged(adapter, undo)
 
+# %% ../nbs/13_adapters.ipynb #14181364
 def unmerge(model: nn.Module, merged: Merged) -> nn.Module:
     "Undo `merge`, to the same bits."
     for name, (weight, lora) in merged.layers.items():
@@ -128,21 +136,23 @@ def unmerge(model: nn.Module, merged: Merged) -> nn.Module:
     model.sft_adapter = merged.adapter
     return model
 
-# %% ../nbs/13_adapters.ipynb #a9db2157
+# %% ../nbs/13_adapters.ipynb #a9c5eff3
 _NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
+# %% ../nbs/13_adapters.ipynb #010aef46
 def kin_layers(model: nn.Module, kind: str, full: Sequence[str] = ()) -> tuple[str, ...]:
     "Names of the modules with a bias (`bias`), or of the norms (`norms`), but for those within `full`."
     def fits(m): return isinstance(getattr(m, "bias", None), nn.Parameter) and (
         kind == "bias" or isinstance(m, _NORMS))
     return tuple(name for name, m in model.named_modules() if fits(m) and not _within(name, full))
 
+# %% ../nbs/13_adapters.ipynb #067c8f9a
 def train_only(model: nn.Module, kind: str, layers: Sequence[str] | None = None,
                full: Sequence[str] = ()) -> nn.Module:
     "The same network, frozen but for modules `full` and the biases, or the norms' weights and biases."
     if kind not in ("bias", "norms"): raise SFTError(f"train_only: kind = {kind!r}; use bias or norms.")
     layers = kin_layers(model, kind, full) if layers is None else tuple(layers)
-    for m in _begin(model, layers, full).values():
+    for m in _begin(model, layers, full, kin_layers(model, kind)).values():
         m.bias.requires_grad_(True)
         if kind == "norms": m.weight.requires_grad_(True)
     model.sft_adapter = Adapter(kind, layers, tuple(full))

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['SETS', 'TOP', 'WAYS', 'LAB_CODE', 'CHOSEN', 'split_rows', 'make_bench', 'bench', 'small_bench', 'install', 'groups',
-           'train_way', 'judged', 'head_row', 'forgetting', 'way_run', 'best_rates', 'all_runs', 'way_runs']
+           'train_way', 'judged', 'head_row', 'forgetting', 'way_run', 'best_rates', 'all_runs', 'way_runs', 'gains',
+           'moved_table', 'draw_ways', 'draw_diagram']
 
-# %% ../../nbs/tools/adapter_lab.ipynb #2f07d9d2
+# %% ../../nbs/tools/adapter_lab.ipynb #eb899361
 import copy, time
+from dataclasses import replace
 from functools import lru_cache
 from types import SimpleNamespace
 import numpy as np
@@ -15,7 +17,8 @@ import pandas as pd
 import torch
 from torch import nn
 from .settings import load_settings
-from .records import packed, recorded
+from .figures import PALETTE
+from .records import packed, recorded, unpacked
 from .datasets import open_dataset
 from .intake import scan
 from .pixels import decode_once
@@ -28,12 +31,13 @@ from .surgery import split_at
 from .heads import fit_head
 from ..unfreezing import feature_drift, first_trainable, freeze_below, training_mode
 from ..schedules import schedule
+from ..objective import paired_difference
 from ..adapters import add_lora, kin_layers, LoRA, lora_layers, moving, train_only
 from .unfreezing_lab import as_pretrained, features, lab_set, learn_rows, through
 from .unfreezing_lab import test_pictures
 
-# %% ../../nbs/tools/adapter_lab.ipynb #3f3a9655
-SETS = ("garden", "hands", "ants_bees")
+# %% ../../nbs/tools/adapter_lab.ipynb #2512260a
+SETS = ("garden", "ants_bees", "hands")
 TOP = 6  # stages, as in the default recipe
 
 def split_rows(labels: np.ndarray, share: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -71,12 +75,12 @@ def bench(data: str, seed: int):
     net = new_head(open_backbone("lite0"), int(labels.max()) + 1, seed)
     return make_bench(net, np.asarray(store.pixels[rows]), labels, test_pictures(data), seed)
 
-# %% ../../nbs/tools/adapter_lab.ipynb #023e71a2
-def small_bench(domain: str, classes: int = 10, n: int = 15, seed: int = 0):
+# %% ../../nbs/tools/adapter_lab.ipynb #43b3af77
+def small_bench(domain: str, classes: int = 6, n: int = 20, seed: int = 0):
     "A bench of few drawn flowers, n images of each of the first species, for what a chapter trains live."
-    settings = load_settings(dataset="blooms", blooms_domain=domain)
+    settings = load_settings(dataset="blooms", blooms_domain=domain, blooms_train=n, blooms_test=30)
     catalog = scan(open_dataset(settings), seed)
-    catalog = catalog.keep(catalog.labels < classes).sample_per_class(n, seed)
+    catalog = replace(catalog.keep(catalog.labels < classes), classes=catalog.classes[:classes])
     store = decode_once(catalog, decoded_size(64), settings.cache_dir)
     labels, test = torch.from_numpy(store.catalog.labels), store.catalog.rows("test")
     rows = np.flatnonzero(store.catalog.part != "test")
@@ -111,8 +115,9 @@ def groups(net: Backbone, moves: dict[str, nn.Parameter], lr: float) -> list[dic
              "weight_decay": .05 if p.dim() > 1 and not n.endswith((".A", ".B")) else 0.}
             for n, p in moves.items()]
 
-# %% ../../nbs/tools/adapter_lab.ipynb #c7bdb0bd
-def train_way(b, way: str, lr: float, seed: int, epochs: int = 5, batch_size: int = 16) -> tuple[Backbone, dict]:
+# %% ../../nbs/tools/adapter_lab.ipynb #748476d2
+def train_way(b, way: str, lr: float, seed: int, epochs: int = 5,
+              batch_size: int = 16) -> tuple[Backbone, dict]:
     "A network trained this way from the bench's start, and what is to be said of it."
     net = copy.deepcopy(b.net)
     moves, stage = install(net, way, seed), first_trainable(net, TOP)
@@ -169,11 +174,12 @@ def way_run(data: str, way: str, lr: float, seed: int) -> dict:
         return about | judged(b, net) | forgetting(net)
     return head_row(b)
 
-# %% ../../nbs/tools/adapter_lab.ipynb #c1d717b6
+# %% ../../nbs/tools/adapter_lab.ipynb #bf9de034
 LAB_CODE = (split_rows, make_bench, bench, install, groups, train_way, judged, head_row, forgetting, LoRA)
 
-# The learning rate of each way with the lowest validation loss in the garden with seed 0; `best_rates` finds it.
-CHOSEN = {"head": 0.}
+# Of each way the learning rate with the lowest validation loss in the garden with seed 0.
+CHOSEN = {"head": 0., "six stages": 1e-4, "LoRA, rank 2": 3e-3, "LoRA, rank 8": 3e-3, "norms": 3e-3,
+          "biases": 3e-3}
 
 def best_rates(runs: pd.DataFrame) -> dict[str, float]:
     "Of each way the learning rate with the lowest validation loss in the garden with seed 0."
@@ -185,11 +191,72 @@ def all_runs() -> pd.DataFrame:
     "The recorded runs: in the garden with seed 0 both learning rates, then the chosen one everywhere."
     ways = {"head": (0.,)} | WAYS
     grid = [{"data": "garden", "way": w, "lr": lr, "seed": 0} for w in ways for lr in ways[w]]
-    grid += [{"data": d, "way": w, "lr": CHOSEN[w], "seed": s} for s in range(3) for d in SETS
-             for w in ways if w in CHOSEN and (d, s) != ("garden", 0)]
+    grid += [{"data": d, "way": w, "lr": CHOSEN[w], "seed": s} for d in SETS for s in range(3)
+             for w in ways if (d, s) != ("garden", 0)]
     return recorded("13_ways", way_run, grid, uses=LAB_CODE)
 
 def way_runs() -> pd.DataFrame:
     "The recorded runs of three seeds with the chosen learning rates."
     runs = all_runs()
     return runs[[CHOSEN.get(r.way) == r.lr for r in runs.itertuples()]].reset_index(drop=True)
+
+# %% ../../nbs/tools/adapter_lab.ipynb #413055fa
+def _right(rows: pd.DataFrame) -> np.ndarray:
+    "Share of the seeds (n,) with which each test image was right, the seeds in order."
+    return np.mean([unpacked(r.bits, r.images) for r in rows.sort_values("seed").itertuples()], axis=0)
+
+def gains(runs: pd.DataFrame, than: str = "head") -> pd.DataFrame:
+    "A row for each data set and way: points above the way `than` on the same test images, interval and p."
+    rows = []
+    for (data, way), mine in runs.groupby(["data", "way"], sort=False):
+        other = runs[(runs.data == data) & (runs.way == than) & runs.seed.isin(mine.seed)]
+        if way != than:
+            found = paired_difference(100 * (_right(mine) - _right(other)))
+            rows.append({"data": data, "way": way} | vars(found))
+    return pd.DataFrame(rows)
+
+def moved_table(runs: pd.DataFrame) -> pd.DataFrame:
+    "A row for each way: numbers that move beside the head, and means over sets and seeds."
+    head = runs[runs.way == "head"].groupby("data").moved.first()
+    frame = runs.assign(beside=runs.moved - runs.data.map(head))
+    table = frame.groupby("way", sort=False).agg(
+        beside=("beside", "first"), accuracy=("accuracy", "mean"), seconds=("seconds", "mean"),
+        agree=("agree", "mean"), drift=("drift", "mean"))
+    return table.sort_values("beside", ascending=False)
+
+def draw_ways(runs: pd.DataFrame):
+    "A panel a data set: test accuracy over the numbers that move, a dot a seed; dashed the head's mean."
+    import matplotlib.pyplot as plt
+    table = moved_table(runs)
+    fig, axes = plt.subplots(1, len(SETS), figsize=(10, 3.2), layout="constrained")
+    for ax, data in zip(axes, SETS):
+        mine = runs[runs.data == data]
+        ax.axhline(mine[mine.way == "head"].accuracy.mean(), color=PALETTE["frozen"], ls="--")
+        for way in table.index.drop("head"):
+            found, x = mine[mine.way == way].accuracy, table.beside[way]
+            ax.plot([x] * len(found), found, "o", ms=4, color=PALETTE["tuned"], alpha=.6)
+            ax.plot(x, found.mean(), "_", ms=16, color=PALETTE["tuned"])
+            ax.annotate(way, (x, found.max()), (0, 5), textcoords="offset points", rotation=40, fontsize=8)
+        low, high = ax.get_ylim()
+        ax.set(xscale="log", title=data, xlabel="numbers that move", xlim=(5e3, 3e7),
+               ylim=(low, high + .5 * (high - low)))
+    axes[0].set_ylabel("test accuracy")
+    return fig
+
+def draw_diagram():
+    "A layer whose weight trains, and one with LoRA: frozen and trained in the course's colours."
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(8, 2.6))
+    blocks = ((.3, .2, 1.5, 1.5, "tuned", "W\nout × in"), (3.6, .2, 1.5, 1.5, "frozen", "W\nout × in"),
+              (5.9, .2, .35, 1.5, "tuned", "B"), (6.5, .78, 1.5, .35, "tuned", "A"))
+    for x, y, w, h, role, text in blocks:
+        ax.add_patch(plt.Rectangle((x, y), w, h, color=PALETTE[role]))
+        ax.text(x + w / 2, y + h / 2, text, ha="center", va="center", color="white", weight="bold")
+    ax.text(5.5, .95, "+ α/r ·", ha="center", va="center", fontsize=12)
+    ax.text(6.07, .05, "out × r", ha="center", va="center", fontsize=9)
+    ax.text(7.25, .62, "r × in", ha="center", va="center", fontsize=9)
+    for x, text in ((1.05, "all of it trains"), (5.8, "frozen, and a change of low rank")):
+        ax.text(x, 1.95, text, ha="center")
+    ax.set(xlim=(0, 8.4), ylim=(-.1, 2.2))
+    ax.axis("off")
+    return fig

@@ -25,11 +25,11 @@ EXERCISES["13.1"] = Exercise(
     tempting=(320 * 1280, 8 * 320 * 1280, 2560, 10240),
 )
 
-# %% ../../nbs/tools/exercises_13.ipynb #3d23e901
+# %% ../../nbs/tools/exercises_13.ipynb #30d65992
 def _parts_13():
     "A, B and a weight of a 3 × 3 convolution from 3 to 5 channels."
     g = torch.Generator().manual_seed(0)
-    return torch.randn(2, 27, generator=g), torch.randn(5, 2, generator=g), torch.randn(5, 3, 3, 3, generator=g)
+    return [torch.randn(shape, generator=g) for shape in ((2, 27), (5, 2), (5, 3, 3, 3))]
 
 def _merged_13(weight, A, B, alpha): return weight + alpha / len(A) * (B @ A).view_as(weight)
 
@@ -55,8 +55,9 @@ EXERCISES["13.2"] = Exercise(
     tempting=(_unscaled_13, _alpha_13, _change_13),
 )
 
-# %% ../../nbs/tools/exercises_13.ipynb #8d57cb29
-def _start_13(outputs, inputs, rank): return torch.randn(rank, inputs) / inputs ** .5, torch.zeros(outputs, rank)
+# %% ../../nbs/tools/exercises_13.ipynb #fe5f34bb
+def _start_13(outputs, inputs, rank):
+    return torch.randn(rank, inputs) / inputs ** .5, torch.zeros(outputs, rank)
 
 def _zeros_13(outputs, inputs, rank): return torch.zeros(rank, inputs), torch.zeros(outputs, rank)
 
@@ -72,7 +73,10 @@ def _starts_13(f) -> bool:
 
 EXERCISES["13.3"] = Exercise(
     right=_starts_13,
-    why="One of the two is zero, so nothing changes at first; the other is not, so the zero one gets a gradient.",
+    why=(
+        "One of the two is zero, so nothing changes at first; the other is not, so the zero one gets a "
+        "gradient."
+    ),
     hint="The gradient of B is a product with A, and that of A a product with B. What if both are zero?",
     mistakes=(
         (lambda f: not any(t.any() for t in f(4, 5, 2)), "Both are zero still: neither gets a gradient."),
@@ -82,15 +86,17 @@ EXERCISES["13.3"] = Exercise(
     tempting=(_zeros_13, _random_13),
 )
 
-# %% ../../nbs/tools/exercises_13.ipynb #1266f890
+# %% ../../nbs/tools/exercises_13.ipynb #3020488d
 EXERCISES["13.4"] = Exercise(
     right=lambda d: isinstance(d, dict) and len(d) == 2 and 0 < float(d["moved"]) < 20_000
     and float(d["gain"]) > 0,
     why="So few numbers, and better than the head. On how many seeds did you try it?",
     hint="Give {'moved': …, 'gain': …}: numbers that move beside the head, and points above the head alone.",
     mistakes=(
-        (lambda d: isinstance(d, dict) and float(d["gain"]) <= 0, "It does not gain. Try another rank or rate."),
-        (lambda d: isinstance(d, dict) and float(d["moved"]) >= 20_000, "Too many numbers move; fewer than 20,000."),
+        (lambda d: isinstance(d, dict) and float(d["gain"]) <= 0,
+         "It does not gain. Try another rank or learning rate."),
+        (lambda d: isinstance(d, dict) and float(d["moved"]) >= 20_000,
+         "Too many numbers move; use fewer than 20,000."),
     ),
     tempting=({"moved": 5000, "gain": -1.}, {"moved": 500_000, "gain": 3.}),
 )
