@@ -15,8 +15,8 @@ from torch import nn
 
 from sft_course import FineTuner, Phase
 from sft_course.adapters import (
-    add_lora,
     adapter_of,
+    add_lora,
     kin_layers,
     lora_layers,
     merge,
