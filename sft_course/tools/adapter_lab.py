@@ -36,8 +36,8 @@ from ..adapters import add_lora, kin_layers, LoRA, lora_layers, moving, train_on
 from .unfreezing_lab import as_pretrained, features, lab_set, learn_rows, through
 from .unfreezing_lab import test_pictures
 
-# %% ../../nbs/tools/adapter_lab.ipynb #2512260a
-SETS = ("garden", "ants_bees", "hands")
+# %% ../../nbs/tools/adapter_lab.ipynb #cbc9f94a
+SETS = ("garden", "ants_bees")
 TOP = 6  # stages, as in the default recipe
 
 def split_rows(labels: np.ndarray, share: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -200,7 +200,7 @@ def way_runs() -> pd.DataFrame:
     runs = all_runs()
     return runs[[CHOSEN.get(r.way) == r.lr for r in runs.itertuples()]].reset_index(drop=True)
 
-# %% ../../nbs/tools/adapter_lab.ipynb #413055fa
+# %% ../../nbs/tools/adapter_lab.ipynb #132ba348
 def _right(rows: pd.DataFrame) -> np.ndarray:
     "Share of the seeds (n,) with which each test image was right, the seeds in order."
     return np.mean([unpacked(r.bits, r.images) for r in rows.sort_values("seed").itertuples()], axis=0)
@@ -228,7 +228,7 @@ def draw_ways(runs: pd.DataFrame):
     "A panel a data set: test accuracy over the numbers that move, a dot a seed; dashed the head's mean."
     import matplotlib.pyplot as plt
     table = moved_table(runs)
-    fig, axes = plt.subplots(1, len(SETS), figsize=(10, 3.2), layout="constrained")
+    fig, axes = plt.subplots(1, len(SETS), figsize=(9, 3.4), layout="constrained")
     for ax, data in zip(axes, SETS):
         mine = runs[runs.data == data]
         ax.axhline(mine[mine.way == "head"].accuracy.mean(), color=PALETTE["frozen"], ls="--")
