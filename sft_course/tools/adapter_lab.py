@@ -36,9 +36,9 @@ from ..adapters import add_lora, kin_layers, LoRA, lora_layers, moving, train_on
 from .unfreezing_lab import as_pretrained, features, lab_set, learn_rows, through
 from .unfreezing_lab import test_pictures
 
-# %% ../../nbs/tools/adapter_lab.ipynb #fb6a2922
-SETS = ("garden",)
-SEEDS = (0,)
+# %% ../../nbs/tools/adapter_lab.ipynb #22501294
+SETS = ("garden", "ants_bees")
+SEEDS = (0, 1, 2)
 TOP = 6  # stages, as in the default recipe
 
 def split_rows(labels: np.ndarray, share: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -175,11 +175,12 @@ def way_run(data: str, way: str, lr: float, seed: int) -> dict:
         return about | judged(b, net) | forgetting(net)
     return head_row(b)
 
-# %% ../../nbs/tools/adapter_lab.ipynb #e589c522
+# %% ../../nbs/tools/adapter_lab.ipynb #c48e0efc
 LAB_CODE = (split_rows, make_bench, bench, install, groups, train_way, judged, head_row, forgetting, LoRA)
 
 # Of each way the learning rate with the lowest validation loss in the garden with seed 0.
-CHOSEN = {"head": 0., "six stages": 1e-4, "LoRA, rank 2": 3e-3, "LoRA, rank 8": 3e-3, "norms": 3e-3}
+CHOSEN = {"head": 0., "six stages": 1e-4, "LoRA, rank 2": 3e-3, "LoRA, rank 8": 3e-3, "norms": 3e-3,
+          "biases": 3e-3}
 
 def best_rates(runs: pd.DataFrame) -> dict[str, float]:
     "Of each way the learning rate with the lowest validation loss in the garden with seed 0."
