@@ -201,7 +201,7 @@ def way_runs() -> pd.DataFrame:
     runs = all_runs()
     return runs[[CHOSEN.get(r.way) == r.lr for r in runs.itertuples()]].reset_index(drop=True)
 
-# %% ../../nbs/tools/adapter_lab.ipynb #d370de58
+# %% ../../nbs/tools/adapter_lab.ipynb #f64e982f
 def _right(rows: pd.DataFrame) -> np.ndarray:
     "Share of the seeds (n,) with which each test image was right, the seeds in order."
     return np.mean([unpacked(r.bits, r.images) for r in rows.sort_values("seed").itertuples()], axis=0)
@@ -238,10 +238,14 @@ def draw_ways(runs: pd.DataFrame):
             found, x = mine[mine.way == way].accuracy, table.beside[way]
             ax.plot([x] * len(found), found, "o", ms=4, color=PALETTE["tuned"], alpha=.6)
             ax.plot(x, found.mean(), "_", ms=16, color=PALETTE["tuned"])
-            ax.annotate(way, (x, found.max()), (0, 5), textcoords="offset points", rotation=40, fontsize=8)
+            if way == "norms": at, gap, turn, side = found.min(), -5, -40, "top"  # beside another way
+            else: at, gap, turn, side = found.max(), 5, 40, "bottom"
+            ax.annotate(way, (x, at), (0, gap), textcoords="offset points", rotation=turn, va=side,
+                        fontsize=8)
         low, high = ax.get_ylim()
         ax.set(xscale="log", title=data, xlabel="numbers that move", xlim=(5e3, 3e7),
-               ylim=(low, high + .5 * (high - low)))
+               ylim=(low - .25 * (high - low), high + .5 * (high - low)))
+        ax.text(6e6, mine[mine.way == "head"].accuracy.mean(), "head", color=PALETTE["frozen"], va="bottom")
     axes[0, 0].set_ylabel("test accuracy")
     return fig
 
