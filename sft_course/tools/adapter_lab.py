@@ -226,27 +226,23 @@ def moved_table(runs: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("beside", ascending=False)
 
 def draw_ways(runs: pd.DataFrame):
-    "A panel a data set: test accuracy over the numbers that move, a dot a seed; dashed the head's mean."
+    "A panel a data set, a row a way: a dot for each seed's test accuracy, a line at the mean; dashed the head."
     import matplotlib.pyplot as plt
-    table = moved_table(runs)
-    fig, axes = plt.subplots(1, len(SETS), figsize=(4.5 * len(SETS), 3.4), layout="constrained",
-                             squeeze=False)
+    beside = moved_table(runs).beside.drop("head").sort_values()
+    fig, axes = plt.subplots(1, len(SETS), figsize=(4.2 * len(SETS), 2.8), layout="constrained",
+                             squeeze=False, sharey=True)
     for ax, data in zip(axes[0], SETS):
         mine = runs[runs.data == data]
-        ax.axhline(mine[mine.way == "head"].accuracy.mean(), color=PALETTE["frozen"], ls="--")
-        for way in table.index.drop("head"):
-            found, x = mine[mine.way == way].accuracy, table.beside[way]
-            ax.plot([x] * len(found), found, "o", ms=4, color=PALETTE["tuned"], alpha=.6)
-            ax.plot(x, found.mean(), "_", ms=16, color=PALETTE["tuned"])
-            if way == "norms": at, gap, turn, side = found.min(), -5, -40, "top"  # beside another way
-            else: at, gap, turn, side = found.max(), 5, 40, "bottom"
-            ax.annotate(way, (x, at), (0, gap), textcoords="offset points", rotation=turn, va=side,
-                        fontsize=8)
-        low, high = ax.get_ylim()
-        ax.set(xscale="log", title=data, xlabel="numbers that move", xlim=(5e3, 3e7),
-               ylim=(low - .25 * (high - low), high + .5 * (high - low)))
-        ax.text(6e6, mine[mine.way == "head"].accuracy.mean(), "head", color=PALETTE["frozen"], va="bottom")
-    axes[0, 0].set_ylabel("test accuracy")
+        head = mine[mine.way == "head"].accuracy.mean()
+        ax.axvline(head, color=PALETTE["frozen"], ls="--")
+        ax.text(head, len(beside) - .4, "head", color=PALETTE["frozen"], ha="center")
+        for y, way in enumerate(beside.index):
+            found = mine[mine.way == way].accuracy
+            ax.plot(found, [y] * len(found), "o", ms=5, color=PALETTE["tuned"], alpha=.6)
+            ax.plot(found.mean(), y, "|", ms=16, mew=2, color=PALETTE["tuned"])
+        ax.set(title=data, xlabel="test accuracy", ylim=(-.6, len(beside)))
+    axes[0, 0].set_yticks(range(len(beside)), [f"{way}: {n:,.0f}" for way, n in beside.items()])
+    axes[0, 0].set_ylabel("numbers that move")
     return fig
 
 def draw_diagram():
