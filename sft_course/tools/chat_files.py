@@ -56,18 +56,19 @@ def read_chat_file(path: str | Path) -> ChatFile:
     return ChatFile([c for _, c in numbered], [f"{path.name}, line {n}" for n, _ in numbered], problems)
 
 # %% ../../nbs/tools/chat_files.ipynb #dbe4803b
-def as_chats(data: str | Path | Sequence[Any]) -> ChatFile:
+def as_chats(data: str | Path | Sequence[Any], name: str = "chat") -> ChatFile:
     """The chats of a file, or of a list of chats or of rows with `messages`, or `prompt` and `completion`.
+    name: what one of a list is called.
 
     Raises `SFTError` where there is no sound chat."""
     if isinstance(data, (str, Path)): return read_chat_file(data)
     chats, places, problems = [], [], []
     for n, row in enumerate(data, 1):
         chat = _as_messages(row) if isinstance(row, dict) else row
-        if fault := chat_fault(chat): problems.append(ChatProblem(f"chat {n}", *fault))
+        if fault := chat_fault(chat): problems.append(ChatProblem(f"{name} {n}", *fault))
         else:
             chats.append(chat)
-            places.append(f"chat {n}")
+            places.append(f"{name} {n}")
     if not chats:
         raise SFTError(f"there is no chat to train on; {problems[0] if problems else 'the list is empty.'}")
     return ChatFile(chats, places, problems)

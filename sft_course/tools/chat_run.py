@@ -321,7 +321,7 @@ def fine_tune_chats(chats: str | Path | Sequence[Any], out: str | Path | None = 
     `SFTError` for what cannot be read or trained on."""
     began, tell, out = time.perf_counter(), say or (lambda text: None), out and expanded(out)
     make_plan(**plan)  # what is wrong here or in the files is said before a model is opened
-    data, other = as_chats(chats), None if test is None else as_chats(test)
+    data, other = as_chats(chats), None if test is None else as_chats(test, "test chat")
     if strict: _require_sound(data.problems)
     net, tokenizer, name = _opened(model, device)
     run = _prepare(data, other, tokenizer, len(net.model.layers), strict, plan)
