@@ -20,6 +20,7 @@ from sft_course.tools.chat_files import as_chats, end_of_turn, holds_chats, spli
 from sft_course.tools.chat_run import ChatResult, fine_tune_chats, is_chat_model, load_chat_model, make_plan  # noqa: E402
 from sft_course.tools.garden_notes import draw_notes, note_chat  # noqa: E402
 from sft_course.tools.language_models import bundled_file, open_language_model  # noqa: E402
+from sft_course.tools.sentences import holds_texts  # noqa: E402
 from sft_course.tools.settings import SFTError  # noqa: E402
 
 SMALL = {"layers": 2, "epochs": 2, "lr": 1e-2}
@@ -307,6 +308,11 @@ def test_prompts_come_as_words_lines_and_rows(tmp_path):
     rows = [{"messages": note_chat(draw_notes(1)[0])}, {"prompt": "Why?"}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert chat_command.read_prompts([Path("a word"), tmp_path / "p.jsonl"]) == ["a word", rows[0]["messages"][:2], "Why?"]
+    long = Path("Why? " * 100)
+    assert chat_command.read_prompts([long]) == [str(long)] and not holds_texts(long)
+    (tmp_path / "p.csv").write_text("prompt\nWhy?\n", encoding="utf-8")
+    with pytest.raises(SFTError, match="prompts are read from .txt files"):
+        chat_command.read_prompts([tmp_path / "p.csv"])
     for bad in ("[1]", "{", '{"prompt": 3}', '{"messages": [3]}', '{"messages": [{"role": "assistant", "content": "x"}]}'):
         (tmp_path / "p.jsonl").write_text(bad, encoding="utf-8")
         with pytest.raises(SFTError, match="p.jsonl, line 1"):

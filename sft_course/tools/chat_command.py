@@ -154,9 +154,13 @@ def read_prompts(given: Iterable[Path]) -> list:
     import json
     found: list = []
     for one in given:
-        if one.suffix.lower() not in (".txt", ".jsonl") or not one.is_file():
+        try: there = one.is_file()
+        except OSError: there = False  # a long prompt is no name of a file
+        if not there:
             found.append(str(one))
             continue
+        if one.suffix.lower() not in (".txt", ".jsonl"):
+            raise SFTError(f"{one}: prompts are read from .txt files, a line each, and from .jsonl files.")
         try: lines = one.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as e:
             raise SFTError(f"{one}: cannot be read as UTF-8 ({type(e).__name__}); save it so.") from None

@@ -156,7 +156,9 @@ def _fields(path: Path) -> list[str]:
 def holds_texts(path: str | Path) -> bool:
     "Whether a file is a table of texts: .csv, .tsv or .jsonl with a field `text`."
     path = Path(path)
-    return path.is_file() and path.suffix.lower() in (".csv", ".tsv", ".jsonl") and "text" in _fields(path)
+    try: there = path.is_file()
+    except OSError: return False  # a long text is no name of a file
+    return there and path.suffix.lower() in (".csv", ".tsv", ".jsonl") and "text" in _fields(path)
 
 def label_column(path: str | Path) -> str:
     """The name of the column of labels: `label`, or the only one beside `text`.
