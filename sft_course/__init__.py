@@ -2,6 +2,7 @@ __version__ = "0.1.0"
 
 _HERE = {
     "fine_tune": "recipe",
+    "fine_tune_chats": "tools.chat_run",
     "FineTuner": "tools.engine",
     "Phase": "tools.phases",
     "compare_backbones": "tools.compare",

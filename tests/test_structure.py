@@ -34,6 +34,7 @@ ORDER = [
     "tools.detectors", "tools.boxes", "tools.detector_race", "detection",
     "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text", "tools.text_files",
     "tools.garden_notes", "tools.chats", "tools.language_models", "tools.upper_layers", "language",
+    "tools.chat_files", "tools.chat_run", "tools.chat_command",
     "tools.keras_start", "tools.keras_inputs", "keras_twin", "tools.parity",
     "shipping", "tools.keras_export", "tools.exporting", "tools.model_card", "tools.serving", "tools.clients", "tools.shipping_runs",
     "tools.shipping_commands",

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'DIR', 'Folder', 'Artifact', 'Out', 'AsJson', 'Strict', 'WATCHERS', 'Name', 'Net', 'Weights', 'Size', 'Device',
-           'Seed', 'Epochs', 'Lr', 'Batch', 'Train', 'Loss', 'Val', 'Test', 'Watch', 'Resume', 'Keep', 'Files', 'Csv',
-           'Top', 'Report', 'Split', 'Part', 'To', 'Force', 'Clear', 'demo', 'fit', 'check', 'predict', 'evaluate',
-           'backbones', 'notebooks', 'cache', 'doctor', 'main']
+           'Seed', 'Epochs', 'Lr', 'Batch', 'Train', 'Loss', 'Adapter', 'Rank', 'Longest', 'Val', 'Test', 'Watch',
+           'Resume', 'Keep', 'Files', 'Csv', 'Top', 'Report', 'Split', 'Part', 'To', 'Force', 'Clear', 'demo', 'fit',
+           'check', 'predict', 'evaluate', 'backbones', 'notebooks', 'cache', 'doctor', 'main']
 
 # %% ../../nbs/tools/cli.ipynb #a54f30df
 import difflib, math, os, re, shlex, signal, sys, threading, warnings
@@ -21,6 +21,7 @@ from .settings import load_settings, SFTError
 from .terminal import plain, progress, results, typed_path
 from .compare_command import compare
 from .tune_command import tune
+from .chat_command import chat
 from .shipping_commands import card, export, push, serve
 
 # %% ../../nbs/tools/cli.ipynb #491405dd
@@ -42,7 +43,7 @@ def _all(version: Annotated[bool, typer.Option("--version", callback=_version, i
     "Options that stand before a command."
 
 # %% ../../nbs/tools/cli.ipynb #df59db6a
-DIR = "root/train|val|test/class/images, root/class/images, a CSV of path,label, or of text,label"
+DIR = "root/train|val|test/class/images, root/class/images, a CSV of path,label or text,label, or chats.jsonl"
 Folder = Annotated[Path, typer.Argument(metavar="DIR", parser=typed_path, help=DIR)]
 Artifact = Annotated[Path, typer.Argument(metavar="OUT", parser=typed_path,
     help="A folder that `fit` wrote.")]
@@ -93,6 +94,10 @@ _WRITTEN = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "vocab.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+    "adapter",
 )
 
 def _holds(out: Path) -> str:
@@ -236,7 +241,8 @@ def _name(text: str) -> str:
 Name = Annotated[Optional[str], typer.Option("--name", parser=_name, metavar="NAME",
     help="Name of the artifact's folder: ./NAME, or OUT/NAME.")]
 Net = Annotated[Optional[str], typer.Option("--backbone", metavar="NAME",
-    help="lite0, a name of torchvision or timm (see sft-course backbones), timm/NAME or hf-hub:OWNER/NAME.")]
+    help="lite0, a name of torchvision or timm (see sft-course backbones), timm/NAME or hf-hub:OWNER/NAME; "
+         "for chats, a folder with a language model.")]
 Weights = Annotated[Optional[Path], typer.Option("--weights", parser=typed_path, metavar="FILE",
     help="Start from your own checkpoint instead of the pretrained weights; nothing in it is executed.")]
 Size = Annotated[Optional[int], typer.Option("--image-size",
@@ -255,6 +261,11 @@ Train = Annotated[Optional[str], typer.Option("--train", parser=_depth, metavar=
     help="What is tuned: the head alone, N stages from the top, or all.")]
 Loss = Annotated[Optional[str], typer.Option("--loss", metavar="NAME",
     help="What tuning minimises: cross_entropy, weighted, focal or logit_adjusted.")]
+Adapter = Annotated[Optional[str], typer.Option("--adapter", metavar="lora",
+    help="For chats: train maps of low rank instead of the layers' weights.")]
+Rank = Annotated[Optional[int], typer.Option("--rank", min=1, help="Of the adapter.")]
+Longest = Annotated[Optional[int], typer.Option("--max-tokens", min=8,
+    help="For chats: the longest that is trained on, in tokens.")]
 
 # %% ../../nbs/tools/cli.ipynb #a66d0fcf
 Val = Annotated[Optional[Path], typer.Option("--val", parser=typed_path, metavar="DIR",
@@ -312,26 +323,38 @@ def demo(out: Out = None, as_json: AsJson = False) -> None:
 # %% ../../nbs/tools/cli.ipynb #f82df425
 @app.command(epilog="Examples: sft-course fit photos/ --out leaves/; "
                     "sft-course fit photos/ --out leaves/ --resume; "
-                    "sft-course fit labels.csv --backbone resnet50 --train 3 --epochs 10 --json")
+                    "sft-course fit labels.csv --backbone resnet50 --train 3 --epochs 10 --json; "
+                    "sft-course fit chats.jsonl --adapter lora --rank 8")
 def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None, weights: Weights = None,
         image_size: Size = None, epochs: Epochs = None, lr: Lr = None, batch_size: Batch = None,
-        train: Train = None, loss: Loss = None, val: Val = None, test: Test = None, device: Device = None,
+        train: Train = None, loss: Loss = None, adapter: Adapter = None, rank: Rank = None,
+        max_tokens: Longest = None, val: Val = None, test: Test = None, device: Device = None,
         seed: Seed = None, watch: Watch = None, resume: Resume = False, keep_checkpoint: Keep = False,
         strict: Strict = False, as_json: AsJson = False) -> None:
     """Fine-tune on your own images and save an artifact.
 
     Images lie in one sub-folder per class. Where there is a val/ or test/ split it is used once, for the
     accuracy that is reported; otherwise a fifth of each class is held out for it. Files that are no sound
-    images are named and left out. A table (.csv, .tsv, .jsonl) with a column `text` is fitted as texts.
+    images are named and left out. A table (.csv, .tsv, .jsonl) with a column `text` is fitted as texts. Chats
+    (.jsonl with `messages`, or `prompt` and `completion`) fine-tune a language model.
 
     Ctrl-C and SIGTERM let a step end, save, and say how to go on.
     """
     from sft_course.tools.sentences import holds_texts
-    if holds_texts(folder):
-        unfit = _given(backbone=backbone, weights=weights, image_size=image_size, batch_size=batch_size,
-                       loss=loss, val=val, device=device, watch=watch,
+    from sft_course.tools.chat_files import holds_chats
+    of_images = _given(weights=weights, image_size=image_size, loss=loss, val=val, watch=watch,
                        keep_checkpoint=keep_checkpoint or None)
-        return _fit_texts(folder, _artifact(folder, out, name, resume), test, unfit, as_json,
+    of_chats = _given(adapter=adapter, rank=rank, max_tokens=max_tokens)
+    if holds_chats(folder):
+        _refuse(of_images, "images", folder, "chats")
+        chosen = _given(layers=train, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed) | of_chats
+        how = {"test": test and _there(test, "file"), "model": backbone, "resume": resume, "strict": strict}
+        return _fit_chats(folder, _artifact(folder, out, name, resume), device, as_json, how, chosen)
+    _refuse(of_chats, "chats", folder, "none")
+    if holds_texts(folder):
+        _refuse(_given(backbone=backbone, batch_size=batch_size, device=device) | of_images, "images", folder,
+                "texts")
+        return _fit_texts(folder, _artifact(folder, out, name, resume), test, strict, as_json,
                           **_given(train=train, epochs=epochs, lr=lr, seed=seed))
     settings = load_settings(fit_image_size=image_size, seed=seed, backbone=backbone, device=device)
     parts = _given(strict=strict, val=val and _there(val), test=test and _there(test))
@@ -344,13 +367,18 @@ def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None
         done(_summary(result, artifact))
 
 # %% ../../nbs/tools/cli.ipynb #txcli002
-def _fit_texts(file: Path, artifact: Path, test: Path | None, unfit: dict, as_json: bool,
+def _refuse(unfit: dict, meant_for: str, data: Path, held: str) -> None:
+    "Raise `SFTError` where an option was given that is for other data."
+    if not unfit: return
+    raise SFTError(f"--{next(iter(unfit)).replace('_', '-')} is for {meant_for}, and {data} holds {held}; "
+                   "leave it out.")
+
+def _fit_texts(file: Path, artifact: Path, test: Path | None, strict: bool, as_json: bool,
                **recipe: Any) -> None:
     "Fit a table of texts, and say what came of it."
+    from sft_course.tools.chat_command import check_texts, require_no_problem
     from sft_course.tools.text_files import fit_text_file
-    if unfit:
-        raise SFTError(f"--{next(iter(unfit)).replace('_', '-')} is for images, and {file} holds texts; "
-                       "leave it out.")
+    if strict: require_no_problem(file, check_texts(file)[1])
     with results(as_json) as done:
         with _resumable(artifact):
             card = fit_text_file(file, artifact, test and _there(test, "file"), **recipe)
@@ -360,6 +388,24 @@ def _fit_texts(file: Path, artifact: Path, test: Path | None, unfit: dict, as_js
         if "accuracy" in m: print(f"accuracy on {m['n_test']} test texts  {m['accuracy']:.3f}")
         print(f"saved in {artifact}; try: sft-course predict {_typed(artifact)} 'a text'")
         done(card | {"artifact": str(artifact)})
+
+def _fit_chats(file: Path, artifact: Path, device: str | None, as_json: bool, how: dict, plan: dict) -> None:
+    "Fine-tune a language model on chats, and say what came of it."
+    from sft_course.tools.chat_command import told_of_chats
+    from sft_course.tools.chat_run import fine_tune_chats
+    from sft_course.tools.torch_state import pick_device
+    if plan.get("layers") == "head": raise SFTError("--train head: a language model has no head of its own; "
+                                                    "give a number of layers, or all.")
+    settings = load_settings(device=device, seed=plan.get("seed"))
+    plan.setdefault("seed", settings.seed)
+    with results(as_json) as done:
+        with _resumable(artifact):
+            how |= {"device": pick_device(settings), "say": progress}
+            result = fine_tune_chats(file, artifact, **how, **plan)
+        _notes(result.card["problems"] + result.card["notes"], f"{artifact / 'card.json'}")
+        print("\n".join(told_of_chats(result.card, _typed(artifact))))
+        hidden = {k: v for k, v in result.card.items() if k != "made_of"}
+        done(hidden | {"artifact": str(artifact), "report": str(artifact / "report.html")})
 
 # %% ../../nbs/tools/cli.ipynb #1ee6f7ba
 def _given(**options: Any) -> dict[str, Any]:
@@ -382,7 +428,7 @@ def _fit(folder: Path, parts: dict, artifact: Path, settings, resume: bool, reci
 # %% ../../nbs/tools/cli.ipynb #aba160a3
 @app.command(epilog="Examples: sft-course check photos/; sft-course check photos/ --strict --json")
 def check(folder: Folder, strict: Strict = False, as_json: AsJson = False) -> None:
-    """Look for faults in labelled images: copies, leaks, blanks, unreadable files, rare classes.
+    """Look for faults in labelled images, texts or chats: copies, leaks, unreadable files, rare classes.
 
     Exit status 0 where a fit is possible, with notes or without; 1 where it is not. Nothing is changed.
     """
@@ -391,6 +437,11 @@ def check(folder: Folder, strict: Strict = False, as_json: AsJson = False) -> No
     from sft_course.tools.problems import describe, find_problems
     from sft_course.tools.catalog import require_whole
     from sft_course.tools.intake import scan
+    from sft_course.tools.chat_command import check_chats, check_texts
+    from sft_course.tools.chat_files import holds_chats
+    from sft_course.tools.sentences import holds_texts
+    look = check_chats if holds_chats(folder) else check_texts if holds_texts(folder) else None
+    if look: return _checked(look, folder, strict, as_json)
     settings = load_settings()
     with results(as_json) as done:
         size = decoded_size(settings.fit_image_size)
@@ -399,6 +450,15 @@ def check(folder: Folder, strict: Strict = False, as_json: AsJson = False) -> No
         print("\n".join(describe(c, problems)))
         done(_check_summary(c, problems))
         if strict: require_whole(c)
+
+def _checked(look: Callable[[Path], tuple[list[str], dict]], file: Path, strict: bool, as_json: bool) -> None:
+    "Print what `look` finds in a file of texts or chats."
+    from sft_course.tools.chat_command import require_no_problem
+    with results(as_json) as done:
+        lines, told = look(file)
+        if strict: require_no_problem(file, told)
+        print("\n".join(lines))
+        done(told)
 
 # %% ../../nbs/tools/cli.ipynb #6989ad3c
 def _check_summary(c, problems) -> dict:
@@ -475,8 +535,11 @@ def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, as_
     """Name the class of images with a network that was fitted before.
 
     A folder stands for the images in it. A file that cannot be read is named and skipped, and the exit status
-    is 1 then. With a model of texts, each FILE is a text itself, or a table of texts.
+    is 1 then. With a model of texts, each FILE is a text itself, or a table of texts; with a language model,
+    a prompt, or a file of prompts (.txt, .jsonl).
     """
+    from sft_course.tools.chat_run import is_chat_model
+    if is_chat_model(_there(artifact)): return _predict_chats(artifact, files, csv, as_json)
     from sft_course.tools.sentences import is_text_model
     if is_text_model(folder := _there(artifact)):
         return _predict_texts(folder, files, csv, as_json)
@@ -515,6 +578,28 @@ def _predict_texts(folder: Path, given: list[Path], csv: Path | None, as_json: b
         elif not as_json:
             for r in said: print(f"{r['probability']:6.1%}  {r['label']}  {r['text']}")
         done({"artifact": str(folder), "n": len(said), "predictions": said})
+
+def _predict_chats(folder: Path, given: list[Path], csv: Path | None, as_json: bool) -> None:
+    "Print what a language model answers to prompts, or write it to the table `csv`."
+    from sft_course.tools.chat_command import last_said, read_prompts
+    from sft_course.tools.chat_run import load_chat_model
+    from sft_course.tools.files import plain_frame
+    from sft_course.tools.torch_state import pick_device
+    prompts = read_prompts(given)
+    with results(as_json) as done:
+        said = load_chat_model(folder, pick_device(load_settings())).predict(prompts)
+        columns = ["prompt", "answer", "finished"]
+        rows = [dict(zip(columns, (last_said(p), a.text, a.finished))) for p, a in zip(prompts, said)]
+        if csv:
+            _require_free(csv, lambda head: head.startswith(",".join(columns)), "--csv")
+            with _writable(csv, "--csv") as temp:
+                plain_frame((r.values() for r in rows), columns).to_csv(temp, index=False)
+            print(f"{len(rows)} answers in {csv}")
+        elif not as_json:
+            for r in rows: print(f"{r['prompt']}\n    {r['answer']}" if len(rows) > 1 else r["answer"])
+        cut = sum(not a.finished for a in said)
+        if cut: _say(f"note: {cut} of {len(said)} answers did not come to an end")
+        done({"artifact": str(folder), "n": len(rows), "predictions": rows})
 
 # %% ../../nbs/tools/cli.ipynb #16d8e7c2
 def _write_predictions(found: Iterator[Any], csv: Path | None, top: int,
@@ -731,6 +816,8 @@ def backbones(part: Part = None, as_json: AsJson = False) -> None:
 app.command(epilog="Example: sft-course compare leaves/ --backbones lite0@96,lite0@160,lite2@96")(compare)
 app.command(epilog="Examples: sft-course tune photos/ --trials 16; "
                    "sft-course tune photos/ --search lr=1e-4:1e-2 --search train=2,4,6 --minutes 30")(tune)
+app.command(epilog="Examples: sft-course chat notes/; "
+                   "echo 'Two roses by the gate.' | sft-course chat notes/")(chat)
 
 # %% ../../nbs/tools/cli.ipynb #cl000004
 app.command(epilog="Examples: sft-course export leaves/; sft-course export leaves/ --to torch --data test/; "

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GREEN', 'ORANGE', 'GREY', 'REACH', 'FROZEN', 'TRAINED', 'ORDERS', 'Drawing', 'draw_logits', 'logits_widget',
            'draw_stages', 'stage_explorer', 'draw_schedule', 'schedule_explorer', 'sift', 'draw_pictures', 'browse',
-           'upload_widget', 'draw_history', 'LiveCurve', 'show_diff']
+           'upload_widget', 'answers_widget', 'draw_history', 'LiveCurve', 'show_diff']
 
 # %% ../../nbs/tools/widgets.ipynb #209de5be
 import ast, base64, difflib, html, inspect, math, textwrap
@@ -669,6 +669,35 @@ def upload_widget(result: Result, live: bool | None = None):
 
     button.observe(show, "value")
     return w.VBox([button, place])
+
+# %% ../../nbs/tools/widgets.ipynb #aw000002
+def _answers(models: dict[str, Callable[[str], str]], prompt: str) -> str:
+    "A table of what each model answers to a prompt."
+    if not prompt.strip():
+        return "<p>Write a prompt, and press Enter.</p>"
+    rows = ""
+    for name, answer in models.items():
+        try: said = _clean(answer(prompt.strip()))
+        except Exception as e: said = f"<em>no answer ({_clean(str(e)[:120])})</em>"
+        rows += f'<tr><th scope="row">{_clean(name)}</th><td style="text-align: left">{said}</td></tr>'
+    return f'<table role="status">{rows}</table>'
+
+def answers_widget(models: dict[str, Callable[[str], str]], prompt: str = "", live: bool | None = None):
+    """A box for a prompt, and under it what each of `models`, functions from prompt to answer, says to it
+    when Enter is pressed.
+
+    Where no kernel runs (or `live` is False), a sentence in its place.
+    """
+    if not (kernel_runs() if live is None else live):
+        return "Run this cell to ask both models a question of your own."
+    import ipywidgets as w
+
+    box = w.Text(value=prompt, placeholder="your prompt", description="prompt", continuous_update=False,
+                 layout={"width": "40em"})
+    place = w.HTML(_answers(models, ""))
+    def show(change): place.value = _answers(models, change["new"])
+    box.observe(show, "value")
+    return w.VBox([box, place])
 
 # %% ../../nbs/tools/widgets.ipynb #d2ece1dc
 def _finite(row: dict, key: str) -> float | None:
