@@ -1,4 +1,5 @@
 "Labels, numbers, masks and boxes: what data are taken for, fitted, killed and gone on with, saved, asked and judged."
+
 import csv
 import json
 import os
@@ -6,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -18,14 +19,19 @@ from typer.testing import CliRunner
 from sft_course.tools.blooms import draw_bloom
 from sft_course.tools.masks import save_mask
 from sft_course.tools.settings import SFTError
-from sft_course.tools.task_command import check_task, evaluate_task, fit_task, predict_task, task_for
+from sft_course.tools.task_command import evaluate_task, fit_task, predict_task, task_for
 from sft_course.tools.task_folders import divided, read_task, task_at
 from sft_course.tools.task_run import fine_tune_task, open_task
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 SIZE, N = 64, 16
 TASKS = ["labels", "number", "masks", "boxes"]
-HOW = {"labels": {"image_size": 64, "epochs": 2}, "number": {"image_size": 64, "epochs": 2}, "masks": {"epochs": 2}, "boxes": {"image_size": 64, "epochs": 2}}
+HOW = {
+    "labels": {"image_size": 64, "epochs": 2},
+    "number": {"image_size": 64, "epochs": 2},
+    "masks": {"epochs": 2},
+    "boxes": {"image_size": 64, "epochs": 2},
+}
 
 app = typer.Typer()
 
@@ -40,7 +46,7 @@ def ended(work):
 
 
 @app.command()
-def fit(data: Path, out: Path, task: Annotated[Optional[str], typer.Option()] = None, epochs: Optional[int] = None, image_size: Optional[int] = None):
+def fit(data: Path, out: Path, task: Annotated[str | None, typer.Option()] = None, epochs: int | None = None, image_size: int | None = None):
     ended(lambda: fit_task(data, out, task_for(data, task, print), epochs=epochs, image_size=image_size))
 
 
@@ -62,7 +68,7 @@ def call(*words):
 
 @pytest.fixture(scope="module")
 def flowers():
-    return [draw_bloom(("pointed-5", "round-5")[i % 2], i, SIZE, flowers=1 + i % 2) for i in range(N)]
+    return [draw_bloom(("pointed5", "round5")[i % 2], i, SIZE, flowers=1 + i % 2) for i in range(N)]
 
 
 def write_images(folder, flowers):
@@ -77,7 +83,7 @@ def annotations(flowers):
 
 def write_labels(top, flowers, style="flags"):
     write_images(top, flowers)
-    two, pointed = [len(b.boxes) > 1 for b in flowers], [i % 2 == 0 for i in range(len(flowers))]
+    pointed = [i % 2 == 0 for i in range(len(flowers))]
     three = [b.image.mean() > np.median([f.image.mean() for f in flowers]) for b in flowers]
     rows = []
     for i, row in enumerate(zip(pointed, three)):
@@ -105,9 +111,14 @@ def write_masks(top, flowers):
 
 def write_coco(top, flowers):
     write_images(top / "images", flowers)
-    notes = [{"id": k, "image_id": i, "category_id": 1, "bbox": [x0, y0, x1 - x0, y1 - y0]} for k, (i, (x0, y0, x1, y1)) in enumerate(annotations(flowers))]
-    said = {"images": [{"id": i, "file_name": f"{i}.png", "width": SIZE, "height": SIZE} for i in range(len(flowers))],
-            "categories": [{"id": 1, "name": "flower"}], "annotations": notes}
+    notes = [
+        {"id": k, "image_id": i, "category_id": 1, "bbox": [x0, y0, x1 - x0, y1 - y0]} for k, (i, (x0, y0, x1, y1)) in enumerate(annotations(flowers))
+    ]
+    said = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": SIZE, "height": SIZE} for i in range(len(flowers))],
+        "categories": [{"id": 1, "name": "flower"}],
+        "annotations": notes,
+    }
     (top / "coco.json").write_text(json.dumps(said), encoding="utf-8")
     return top
 
@@ -116,8 +127,13 @@ def write_voc(top, flowers):
     write_images(top / "images", flowers)
     (top / "voc").mkdir()
     for i in range(len(flowers)):
-        objects = "".join("<object><name>flower</name><bndbox>" + "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box)) + "</bndbox></object>"
-                          for k, box in annotations(flowers) if k == i)
+        objects = "".join(
+            "<object><name>flower</name><bndbox>"
+            + "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box))
+            + "</bndbox></object>"
+            for k, box in annotations(flowers)
+            if k == i
+        )
         (top / "voc" / f"{i}.xml").write_text(f"<annotation><filename>{i}.png</filename>{objects}</annotation>", encoding="utf-8")
     return top
 
@@ -127,7 +143,11 @@ def write_yolo(top, flowers):
     (top / "labels").mkdir()
     (top / "data.yaml").write_text("names: [flower]\n", encoding="utf-8")
     for i in range(len(flowers)):
-        lines = [f"0 {(x0 + x1) / 2 / SIZE} {(y0 + y1) / 2 / SIZE} {(x1 - x0) / SIZE} {(y1 - y0) / SIZE}" for k, (x0, y0, x1, y1) in annotations(flowers) if k == i]
+        lines = [
+            f"0 {(x0 + x1) / 2 / SIZE} {(y0 + y1) / 2 / SIZE} {(x1 - x0) / SIZE} {(y1 - y0) / SIZE}"
+            for k, (x0, y0, x1, y1) in annotations(flowers)
+            if k == i
+        ]
         (top / "labels" / f"{i}.txt").write_text("\n".join(lines), encoding="utf-8")
     return top
 
@@ -152,12 +172,23 @@ def fitted(data, tmp_path_factory):
             fine_tune_task(data[task], out=top / task, **HOW[task])
             made[task] = top / task
         return made[task]
+
     return get
 
 
-@pytest.mark.parametrize("write, task", [(write_labels, "labels"), (lambda t, f: write_labels(t, f, ";"), "labels"), (lambda t, f: write_labels(t, f, "|"), "labels"),
-                                         (write_masks, "masks"), (write_coco, "boxes"), (write_voc, "boxes"), (write_yolo, "boxes")],
-                         ids=["flags", "semicolons", "bars", "masks", "coco", "voc", "yolo"])
+@pytest.mark.parametrize(
+    "write, task",
+    [
+        (write_labels, "labels"),
+        (lambda t, f: write_labels(t, f, ";"), "labels"),
+        (lambda t, f: write_labels(t, f, "|"), "labels"),
+        (write_masks, "masks"),
+        (write_coco, "boxes"),
+        (write_voc, "boxes"),
+        (write_yolo, "boxes"),
+    ],
+    ids=["flags", "semicolons", "bars", "masks", "coco", "voc", "yolo"],
+)
 def test_data_say_what_they_are_for(write, task, tmp_path, flowers):
     path = write(tmp_path / "data", flowers)
     said = []
@@ -166,7 +197,11 @@ def test_data_say_what_they_are_for(write, task, tmp_path, flowers):
     assert len(read_task(path, task, tmp_path / "cache", 64)) == N
 
 
-@pytest.mark.parametrize("values, task", [([str(i) for i in range(30)], "number"), ([str(i % 3) for i in range(30)], "class"), (["ant", "bee"] * 15, "class")], ids=["many", "few", "words"])
+@pytest.mark.parametrize(
+    "values, task",
+    [([str(i) for i in range(30)], "number"), ([str(i % 3) for i in range(30)], "class"), (["ant", "bee"] * 15, "class")],
+    ids=["many", "few", "words"],
+)
 def test_a_column_called_label(values, task, tmp_path):
     (tmp_path / "t.csv").write_text("\n".join(["path,label", *(f"{i}.jpg,{v}" for i, v in enumerate(values))]), encoding="utf-8")
     said = []
@@ -262,7 +297,7 @@ def test_a_mask_is_as_large_as_its_image(fitted, data, tmp_path):
 def test_boxes_are_in_the_pixels_of_their_image_and_in_one_file(fitted, data, tmp_path):
     result = open_task(fitted("boxes"))
     small = Image.open(image_of(data, "boxes"))
-    result.card["score"] = 0.
+    result.card["score"] = 0.0
     a = result.predict(small).found
     b = result.predict(small.resize((2 * SIZE, SIZE), Image.Resampling.NEAREST)).found
     assert len(a.boxes) and b.boxes[:, [0, 2]].max() > SIZE * 1.2
@@ -325,6 +360,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(task, saves, fitted, data, tmp_p
 
 def test_a_damaged_artifact_costs_one_sentence(fitted, tmp_path):
     import shutil
+
     shutil.copytree(fitted("labels"), tmp_path / "a")
     (tmp_path / "a" / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(SFTError, match="is not the file that card.json speaks of"):
@@ -334,8 +370,16 @@ def test_a_damaged_artifact_costs_one_sentence(fitted, tmp_path):
         open_task(tmp_path / "a")
 
 
-@pytest.mark.parametrize("how, said", [({"epochs": 0}, "epochs = 0"), ({"lr": -1.}, "lr = -1"), ({"train": "3"}, "use 'head' or 'all'"), ({"image_size": 50}, "need a multiple of 32")],
-                         ids=["epochs", "lr", "train", "size"])
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ({"epochs": 0}, "epochs = 0"),
+        ({"lr": -1.0}, "lr = -1"),
+        ({"train": "3"}, "use 'head' or 'all'"),
+        ({"image_size": 50}, "need a multiple of 32"),
+    ],
+    ids=["epochs", "lr", "train", "size"],
+)
 def test_values_that_cannot_be_used(how, said, data, tmp_path):
     with pytest.raises(SFTError, match=said):
         fine_tune_task(data["masks"], out=tmp_path / "out", **how)

@@ -75,6 +75,8 @@ def _task_of_column(file: Path, name: str, cells: list[str], flags: int, numbers
     if 2 * numbers > len(cells) and values > MOST_CLASSES:
         return "number", f"{values} different values of {printable(name)}; --task class for classes"
     if name == "label" or not numbers: return "class", "a table of path,label"
+    if numbers == len(cells) and any(_number(c) % 1 for c in cells):
+        return "number", f"fractions such as {next(c for c in cells if _number(c) % 1)}"
     if flags == len(cells): return "labels", f"{printable(name)} is 0 or 1"
     raise SFTError(f"{printable(file.name)}: {printable(name)} has {values} different values; are they "
                    "numbers (--task number), or classes (then name the column label)?")
