@@ -120,10 +120,10 @@ def task_at(path: str | Path, task: str | None = None) -> tuple[str, str]:
     path = Path(path)
     if task is not None: return task_named(task), "as was asked"
     if path.is_dir():
-        places = [path, *part_folders(path).values()]
+        try: places = [path, *part_folders(path).values()]
+        except OSError: places = []  # the reader of class folders says why
         if any(map(_has_masks, places)): return "masks", "folders images and masks"
         if any(map(_has_boxes, places)): return "boxes", "files of boxes"
-        return "class", "a folder a class"
     if path.is_file() and path.suffix.lower() == ".csv": return _task_of_table(path)
     return "class", "a folder a class"
 
