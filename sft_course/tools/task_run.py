@@ -58,10 +58,10 @@ def _stored(file: Path | None, plan: dict, resume: bool) -> tuple[list[_Candidat
     return [_Candidate(**d) for d in run["done"]], run["phase"]
 
 def _run_phases(task: Task, net: nn.Module, facts: dict, data: TaskData, way: Way, phases: Sequence[str],
-                first: list[dict], file: Path | None, plan: dict, resume: bool,
-                say: Callable | None) -> list[_Candidate]:
+                first: list[dict], file: Path | None, plan: dict,
+                stored: tuple[list[_Candidate], str | None], say: Callable | None) -> list[_Candidate]:
     "The candidates that phases end with, one after the other, each starting from the one before."
-    done, begun = _stored(file, plan, resume)
+    done, begun = stored
     if first and not done: done = [_candidate(task, "frozen", net, facts, data, first)]
     for name in phases[len(done) - bool(first):]:
         if done: net.load_state_dict(done[-1].state)
@@ -321,8 +321,9 @@ def _ended(out: Path, plan: dict) -> TaskResult | None:
 def _result(task: Task, data: TaskData, way: Way, phases: Sequence[str], file: Path | None, plan: dict,
             resume: bool, say: Callable | None, began: float) -> TaskResult:
     if way.lr is not None and not way.lr > 0: raise SFTError(f"lr = {way.lr}: use a number above 0.")
+    stored = _stored(file, plan, resume)
     net, facts, first = task.start(data, way)
-    done = _run_phases(task, net, facts, data, way, phases, first, file, plan, resume, say)
+    done = _run_phases(task, net, facts, data, way, phases, first, file, plan, stored, say)
     best = _chosen(done)
     net.load_state_dict(best.state)
     net.cpu().eval()
