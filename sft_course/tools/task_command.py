@@ -25,7 +25,7 @@ def task_for(data: Path, task: str | None, say: Callable[[str], Any]) -> str:
     "The task that is asked for, or that of the data; then `say` is told what they are taken for."
     found, why = task_at(data, task)
     if task is None and found != "class":
-        say(f"{printable(data)}: taken for {TASKS[found]} ({why}); --task decides otherwise")
+        say(f"{printable(data)}: taken for task {found}, {TASKS[found]} ({why}); --task decides otherwise")
     if task is None and why == "a table of path,label" and _whole_numbers(data):
         say(f"{printable(data)}: its labels are whole numbers, taken for classes; --task number for a number")
     return found

@@ -73,7 +73,7 @@ def _task_of_column(file: Path, name: str, cells: list[str], flags: int, numbers
     if many: return "labels", f"cells such as {printable(many)!r}"
     values = len({_number(c) for c in cells} - {None})
     if 2 * numbers > len(cells) and values > MOST_CLASSES:
-        return "number", f"{values} different values of {printable(name)}; --task class for classes"
+        return "number", f"{values} different values of {printable(name)}"
     if name == "label" or not numbers: return "class", "a table of path,label"
     if numbers == len(cells) and any(_number(c) % 1 for c in cells):
         return "number", f"fractions such as {next(c for c in cells if _number(c) % 1)}"
