@@ -32,6 +32,7 @@ ORDER = [
     "tools.target_tables", "tools.flower_targets", "tools.photo_targets", "targets", "tools.target_runs",
     "tools.masks", "tools.segmenters", "segmentation", "tools.mask_lab",
     "tools.detectors", "tools.boxes", "tools.detector_race", "detection",
+    "tools.task_folders", "tools.task", "tools.task_report", "tools.task_run", "tools.task_problems", "tools.task_command",
     "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text", "tools.text_files",
     "tools.garden_notes", "tools.chats", "tools.language_models", "tools.upper_layers", "language",
     "tools.chat_files", "tools.chat_run", "tools.chat_command",
