@@ -38,8 +38,10 @@ ORDER = [
     "shipping", "tools.exporting", "tools.model_card", "tools.serving", "tools.clients", "tools.shipping_runs",
     "tools.shipping_commands",
     "tools.cheat_sheet", "answers",
-    "tools.unfreezing_lab", "tools.ladder", "tools.widgets",
+    "tools.unfreezing_lab", "robustness", "tools.averages", "tools.corruptions", "tools.shift_lab",
+    "tools.ladder", "tools.widgets",
     "tools.exercises", "tools.exercises_open", "tools.exercises_10", "tools.exercises_11", "tools.exercises_12",
+    "tools.exercises_14",
     "tools.exercises_15", "tools.exercises_16", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19",
     "tools.exercises_21", "tools.exercises_22", "tools.exercises_23", "tools.cli",
 ]
