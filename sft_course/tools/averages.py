@@ -93,4 +93,5 @@ def _require_same(out: Path, average: str) -> None:
     if not (out / "card.json").exists() or (out / "last.ckpt").exists(): return
     kind = (read_card(out).get("average") or {"kind": average})["kind"]
     if kind != average:
-        raise SFTError(f"{out}: the run that ended there had average = {kind!r}; give that, or another folder.")
+        raise SFTError(f"{out}: the run that ended there had average = {kind!r}; give that, "
+                       "or another folder.")

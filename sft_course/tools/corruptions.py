@@ -49,7 +49,8 @@ def corrupt(pixels: np.ndarray, kind: str, strength: int, seed: int = 0) -> np.n
     """Images uint8 (n, s, s, 3) made worse, `kind` of `CORRUPTIONS`, `strength` from 1 to 5; what is random
     comes from `seed` and the image. Source: Hendrycks and Dietterich 2019."""
     if kind not in CORRUPTIONS or strength not in range(1, 6):
-        raise SFTError(f"corrupt: {kind!r} at {strength!r}; use one of {', '.join(CORRUPTIONS)}, from 1 to 5.")
+        raise SFTError(f"corrupt: {kind!r} at {strength!r}; use one of {', '.join(CORRUPTIONS)}, "
+                       "from 1 to 5.")
     change, levels = CORRUPTIONS[kind]
     def one(image):
         image = np.ascontiguousarray(image)

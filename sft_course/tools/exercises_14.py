@@ -16,7 +16,7 @@ _all_ = ["check"]
 # %% ../../nbs/tools/exercises_14.ipynb #037d3892
 EXERCISES["14.1"] = Exercise(
     right=lambda a: abs(float(a) - .45) < .005,
-    why="85 right in all and 76 among the answered leave 9 of 20: where the network was unsure, it was so rightly.",
+    why="85 right in all and 76 among the answered leave 9 of 20: it was unsure where it had reason to be.",
     hint="How many images were left out, and how many of them would have been right?",
     mistakes=(
         (lambda a: abs(float(a) - .95) < .005, "That is the accuracy on the images that were answered."),
@@ -113,12 +113,12 @@ def _leaves_14(g): return lambda f: torch.allclose(_means_14(f), _means_14(g), a
 
 EXERCISES["14.3"] = Exercise(
     right=lambda f: _leaves_14(_right_14)(f),
-    why="Old statistics forgotten, every batch with the same say, and dropout asleep: now they are those of the data.",
-    hint="Three things: what is left of the old statistics, how much say has each batch, and what else woke up?",
+    why="Old statistics forgotten, every batch counts the same, dropout asleep: now they are those of the data.",
+    hint="Three things: what is left of the old statistics, how each batch counts, and what else woke up.",
     mistakes=(
         (_leaves_14(_bug_14), "The old statistics are still in there. Reset them first."),
         (_leaves_14(_drop_14), "Better; but `model.train()` woke dropout too. Wake the batch norms alone."),
-        (_leaves_14(_slow_14), "Momentum 0.1 still weighs the batches unequally. `momentum = None` is the mean."),
+        (_leaves_14(_slow_14), "Momentum 0.1 still weighs batches unequally; `momentum = None` is the mean."),
     ),
     tempting=(_bug_14, _drop_14, _slow_14),
 )

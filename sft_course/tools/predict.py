@@ -49,8 +49,8 @@ class Prediction:
 
 # %% ../../nbs/tools/predict.ipynb #ab14stn2
 def fitted_temperature(held: Evaluation) -> float:
-    """The temperature that fits these validation images; not below 1 where all of them are right, because then
-    nothing speaks against any certainty."""
+    """The temperature that fits these validation images; not below 1 where all of them are right, because
+    then nothing speaks against any certainty."""
     temperature = fit_temperature(held)
     return max(1., temperature) if held.right.all() else temperature
 
@@ -90,7 +90,7 @@ class Result:
 
     @property
     def temperature(self) -> float | None:
-        "What logits are divided by so that confidences fit the validation images; None where it is not known."
+        "What divides logits so that confidences fit the validation images; None where it is not known."
         known = self.card.get("temperature")
         return fitted_temperature(self.held) if known is None and self.held else known
 
@@ -229,10 +229,11 @@ def predict_stream(self: Result, what: Any, top: int | None = None, *, abstain: 
 
 # %% ../../nbs/tools/predict.ipynb #ab14stn1
 def _abstaining(result: Result, abstain: float | None) -> tuple[float, float]:
-    "The least probability with which there is a label, and the temperature. Raises `SFTError` for what cannot be."
+    "The least probability of a label, and the temperature. Raises `SFTError` for what cannot be."
     if abstain is None: return 0., 1.
     if isinstance(abstain, bool) or not isinstance(abstain, (int, float)) or not 0 < abstain <= 1:
-        raise SFTError(f"abstain = {abstain}: not allowed; use a confidence above 0 and at most 1, such as 0.9.")
+        raise SFTError(f"abstain = {abstain}: not allowed; use a confidence above 0 and at most 1, "
+                       "such as 0.9.")
     if result.temperature is None:
         raise SFTError("abstain: the card of this network has no temperature, so its confidences are not "
                        "calibrated; fit again.")
@@ -288,8 +289,8 @@ def predict(self: Result, what: Any, top: int | None = None, *, abstain: float |
     an array (n, h, w, 3), or anything that can be gone through: a list, a generator, `Path.glob`. top:
     keep the probabilities of that many classes, the most probable first; None: all, in the order of the
     classes. abstain: the least confidence with which an image is given a label, such as 0.9; probabilities
-    are then at the temperature that fits the validation images (chapters 08 and 14). Raises `SFTError` where a single image cannot be read. Of several, `error` says so, and a
-    warning counts them.
+    are then at the temperature that fits the validation images (chapters 08 and 14). Raises `SFTError` where
+    a single image cannot be read. Of several, `error` says so, and a warning counts them.
     """
     found = list(self.predict_stream(what, top, abstain=abstain, allow_url=allow_url))
     bad = [p.error for p in found if p.error]

@@ -288,11 +288,12 @@ def line_run(data: str, seed: int, pair: str, refreshed: bool, weight: float) ->
         refresh_norms(b.part, (x.float() for x in b.views[0].split(16)))
         state = copy_state(b.part)
     train, test = said(b, state, b.views[0], b.labels), said(b, state, *next(iter(b.tests.values())))
-    return {"train_loss": round(nll(train), 4), "loss": round(nll(test), 4), "accuracy": round(test.accuracy, 4)}
+    losses = {"train_loss": round(nll(train), 4), "loss": round(nll(test), 4)}
+    return losses | {"accuracy": round(test.accuracy, 4)}
 
 # %% ../../nbs/tools/shift_lab.ipynb #c0b0bed0
-CODE = (images_of, draw_parts, test_images, shifted_images, _entering, shift_bench, fitted_head, Way, train_way, said,
-        corrupt, *(f for f, _ in CORRUPTIONS.values()), average_states, interpolate)
+CODE = (images_of, draw_parts, test_images, shifted_images, _entering, shift_bench, fitted_head, Way,
+        train_way, said, corrupt, *(f for f, _ in CORRUPTIONS.values()), average_states, interpolate)
 DATA = ("garden", "ants_bees", "hands")
 
 def wise_runs(data: tuple[str, ...] = DATA) -> pd.DataFrame:
