@@ -113,7 +113,7 @@ def _leaves_14(g): return lambda f: torch.allclose(_means_14(f), _means_14(g), a
 
 EXERCISES["14.3"] = Exercise(
     right=lambda f: _leaves_14(_right_14)(f),
-    why="Old statistics forgotten, every batch counts the same, dropout asleep: now they are those of the data.",
+    why="Old statistics forgotten, all batches alike, dropout asleep: now they are those of the data.",
     hint="Three things: what is left of the old statistics, how each batch counts, and what else woke up.",
     mistakes=(
         (_leaves_14(_bug_14), "The old statistics are still in there. Reset them first."),

@@ -39,10 +39,10 @@ from ..objective import paired_difference
 from ..robustness import average_states, greedy_soup, interpolate, refresh_norms, selective, State
 from .corruptions import corrupt, CORRUPTIONS
 
-# %% ../../nbs/tools/shift_lab.ipynb #ffa83534
+# %% ../../nbs/tools/shift_lab.ipynb #17b47cd0
 SIZE = 64  # pixels
-TOP = 6    # stages that train
-EPOCHS = 4
+TOP = 3    # stages that train
+EPOCHS = 6
 BATCH = 16
 LEARNED = {"garden": 30, "hands": 12, "ants_bees": 50}  # training images a class
 HELD = {"garden": 10, "hands": 10, "ants_bees": 20}     # validation images a class
@@ -294,7 +294,7 @@ def line_run(data: str, seed: int, pair: str, refreshed: bool, weight: float) ->
 # %% ../../nbs/tools/shift_lab.ipynb #c0b0bed0
 CODE = (images_of, draw_parts, test_images, shifted_images, _entering, shift_bench, fitted_head, Way,
         train_way, said, corrupt, *(f for f, _ in CORRUPTIONS.values()), average_states, interpolate)
-DATA = ("garden", "ants_bees", "hands")
+DATA = ("garden", "ants_bees")
 
 def wise_runs(data: tuple[str, ...] = DATA) -> pd.DataFrame:
     "The recorded curves: set × seed × domain × mixing weight."
