@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['State', 'average_states', 'interpolate', 'refresh_norms', 'greedy_soup', 'selective', 'coverage_curve']
 
-# %% ../nbs/14_robustness.ipynb #38685db8
-from contextlib import contextmanager
-from typing import Callable, Iterable, Iterator, Sequence
+# %% ../nbs/14_robustness.ipynb #9e660824
+from typing import Callable, Iterable, Sequence
 import numpy as np
 import torch
 from torch import nn
