@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 from .settings import load_settings, SFTError
-from .records import packed, recorded, unpacked
+from .records import packed, recorded
 from .blooms import blooms_folder
 from .intake import scan
 from .pixels import decode_once, PixelCache
@@ -35,7 +35,6 @@ from .logits import Evaluation
 from ..evaluation import ece, fit_temperature, with_temperature
 from .head_lab import _folder
 from .unfreezing_lab import through
-from ..objective import paired_difference
 from ..robustness import average_states, greedy_soup, interpolate, refresh_norms, selective, State
 from .corruptions import corrupt, CORRUPTIONS
 
