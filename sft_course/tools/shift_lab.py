@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from .settings import load_settings, SFTError
+from .settings import load_settings
 from .records import packed, recorded
 from .blooms import blooms_folder
 from .intake import scan
