@@ -4,9 +4,15 @@
 
 # %% auto #0
 __all__ = ['app', 'DIR', 'Folder', 'Artifact', 'Out', 'AsJson', 'Strict', 'WATCHERS', 'Name', 'Net', 'Weights', 'Size', 'Device',
+<<<<<<< HEAD
            'Seed', 'Epochs', 'Lr', 'Batch', 'Train', 'Loss', 'Adapter', 'Rank', 'Longest', 'Val', 'Test', 'Watch',
            'Resume', 'Keep', 'Files', 'Csv', 'Top', 'Report', 'Split', 'Part', 'To', 'Force', 'Clear', 'demo', 'fit',
            'check', 'predict', 'evaluate', 'backbones', 'notebooks', 'cache', 'doctor', 'main']
+=======
+           'Seed', 'Epochs', 'Lr', 'Batch', 'Train', 'Loss', 'Val', 'Test', 'Watch', 'Resume', 'Keep', 'Files', 'Csv',
+           'Top', 'Abstain', 'Report', 'Split', 'Part', 'To', 'Force', 'Clear', 'demo', 'fit', 'check', 'predict',
+           'evaluate', 'backbones', 'notebooks', 'cache', 'doctor', 'main']
+>>>>>>> robust
 
 # %% ../../nbs/tools/cli.ipynb #a54f30df
 import difflib, math, os, re, shlex, signal, sys, threading, warnings
@@ -478,7 +484,8 @@ def _line(p, top: int) -> str:
     "A `Prediction` as a person reads it."
     from sft_course.tools.catalog import printable
     more = ", ".join(f"{label} {probability:.1%}" for label, probability in _best(p, top)[1:])
-    return printable(f"{p.probability:6.1%}  {p.label}  {p.path}" + (f"  (then {more})" if more else ""))
+    name = f"unsure, perhaps {_best(p, 1)[0][0]}" if p.label is None else p.label
+    return printable(f"{p.probability:6.1%}  {name}  {p.path}" + (f"  (then {more})" if more else ""))
 
 # %% ../../nbs/tools/cli.ipynb #ef80f1a4
 def _columns(top: int) -> list[str]:
@@ -518,7 +525,10 @@ def _table_of(file: Path | None, top: int) -> Iterator[Callable[[Any], None]]:
                                                 errors="surrogateescape") as f:  # names keep their bytes
         table = csv.writer(f)
         table.writerow(_columns(top))
-        yield lambda p: table.writerow([p.path, *(v for pair in _best(p, top) for v in pair)])
+        def write(p):
+            cells = [v for pair in _best(p, top) for v in pair]
+            table.writerow([p.path, p.label, *cells[1:]])  # an unsure image has no label
+        yield write
 
 # %% ../../nbs/tools/cli.ipynb #c5100b7e
 Files = Annotated[list[Path], typer.Argument(metavar="FILE…", parser=typed_path,
@@ -527,11 +537,14 @@ Csv = Annotated[Optional[Path], typer.Option("--csv", parser=typed_path, metavar
     help="Write a table instead of lines.")]
 Top = Annotated[int, typer.Option("--top", min=1, metavar="K",
     help="How many classes to name, the most probable first.")]
+Abstain = Annotated[Optional[float], typer.Option("--abstain", metavar="CONFIDENCE",
+    help="Name no class where the network is less sure than that, such as 0.9.")]
 
 # %% ../../nbs/tools/cli.ipynb #bb741dd4
 @app.command(epilog="Examples: sft-course predict leaves/ new/*.jpg; "
                     "sft-course predict leaves/ new/ --csv new.csv --top 3")
-def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, as_json: AsJson = False) -> None:
+def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, abstain: Abstain = None,
+            as_json: AsJson = False) -> None:
     """Name the class of images with a network that was fitted before.
 
     A folder stands for the images in it. A file that cannot be read is named and skipped, and the exit status
@@ -542,13 +555,15 @@ def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, as_
     if is_chat_model(_there(artifact)): return _predict_chats(artifact, files, csv, as_json)
     from sft_course.tools.sentences import is_text_model
     if is_text_model(folder := _there(artifact)):
+        if abstain is not None:
+            raise SFTError("--abstain: this is for models of images, and this is one of texts; leave it out.")
         return _predict_texts(folder, files, csv, as_json)
     from sft_course.tools.torch_state import pick_device
     from sft_course.tools.artifact import load_artifact
     result = load_artifact(_there(artifact), pick_device(load_settings()))
     rows: list[dict] | None = [] if as_json else None
     with results(as_json) as done:
-        found = result.predict_stream(files)
+        found = result.predict_stream(files, abstain=abstain)
         n, skipped = _write_predictions(found, csv, min(top, len(result.classes)), rows)
         if csv: print(f"{n} predictions in {csv}")
         done({"artifact": str(artifact), "n": n, "predictions": rows, "skipped": skipped})
