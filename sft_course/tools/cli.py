@@ -4,15 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'DIR', 'Folder', 'Artifact', 'Out', 'AsJson', 'Strict', 'WATCHERS', 'Name', 'Net', 'Weights', 'Size', 'Device',
-<<<<<<< HEAD
-           'Seed', 'Epochs', 'Lr', 'Batch', 'Train', 'Loss', 'Adapter', 'Rank', 'Longest', 'Val', 'Test', 'Watch',
-           'Resume', 'Keep', 'Files', 'Csv', 'Top', 'Report', 'Split', 'Part', 'To', 'Force', 'Clear', 'demo', 'fit',
-           'check', 'predict', 'evaluate', 'backbones', 'notebooks', 'cache', 'doctor', 'main']
-=======
-           'Seed', 'Epochs', 'Lr', 'Batch', 'Train', 'Loss', 'Val', 'Test', 'Watch', 'Resume', 'Keep', 'Files', 'Csv',
-           'Top', 'Abstain', 'Report', 'Split', 'Part', 'To', 'Force', 'Clear', 'demo', 'fit', 'check', 'predict',
-           'evaluate', 'backbones', 'notebooks', 'cache', 'doctor', 'main']
->>>>>>> robust
+           'Seed', 'TaskName', 'Drawn', 'Epochs', 'Lr', 'Batch', 'Train', 'Loss', 'Adapter', 'Rank', 'Longest', 'Val',
+           'Test', 'Watch', 'Resume', 'Keep', 'Files', 'Csv', 'Top', 'Abstain', 'Report', 'Split', 'Part', 'To',
+           'Force', 'Clear', 'demo', 'fit', 'check', 'predict', 'evaluate', 'backbones', 'notebooks', 'cache', 'doctor',
+           'main']
 
 # %% ../../nbs/tools/cli.ipynb #a54f30df
 import difflib, math, os, re, shlex, signal, sys, threading, warnings
@@ -49,7 +44,8 @@ def _all(version: Annotated[bool, typer.Option("--version", callback=_version, i
     "Options that stand before a command."
 
 # %% ../../nbs/tools/cli.ipynb #df59db6a
-DIR = "root/train|val|test/class/images, root/class/images, a CSV of path,label or text,label, or chats.jsonl"
+DIR = ("root/train|val|test/class/images, root/class/images, a CSV of path,label, of path and numbers or "
+       "several labels, or of text,label; images/ with masks/, or with COCO, VOC or YOLO files; chats.jsonl")
 Folder = Annotated[Path, typer.Argument(metavar="DIR", parser=typed_path, help=DIR)]
 Artifact = Annotated[Path, typer.Argument(metavar="OUT", parser=typed_path,
     help="A folder that `fit` wrote.")]
@@ -257,6 +253,12 @@ Device = Annotated[Optional[str], typer.Option("--device", metavar="NAME",
     help="auto, cpu, cuda, or one GPU as cuda:1.")]
 Seed = Annotated[Optional[int], typer.Option("--seed", help="One number, from 0 on, for all randomness.")]
 
+# %% ../../nbs/tools/cli.ipynb #tkcli001
+TaskName = Annotated[Optional[str], typer.Option("--task", metavar="NAME",
+    help="class, labels, number, masks or boxes; by default what the data hold.")]
+Drawn = Annotated[Optional[Path], typer.Option("--out", parser=typed_path, metavar="FOLDER",
+    help="Where masks, and images with boxes, go; by default OUT/predictions.")]
+
 # %% ../../nbs/tools/cli.ipynb #32c07ce6
 Epochs = Annotated[Optional[int], typer.Option("--epochs", min=1,
     help="Passes over the training images when tuning.")]
@@ -331,9 +333,9 @@ def demo(out: Out = None, as_json: AsJson = False) -> None:
                     "sft-course fit photos/ --out leaves/ --resume; "
                     "sft-course fit labels.csv --backbone resnet50 --train 3 --epochs 10 --json; "
                     "sft-course fit chats.jsonl --adapter lora --rank 8")
-def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None, weights: Weights = None,
-        image_size: Size = None, epochs: Epochs = None, lr: Lr = None, batch_size: Batch = None,
-        train: Train = None, loss: Loss = None, adapter: Adapter = None, rank: Rank = None,
+def fit(folder: Folder, out: Out = None, name: Name = None, task: TaskName = None, backbone: Net = None,
+        weights: Weights = None, image_size: Size = None, epochs: Epochs = None, lr: Lr = None,
+        batch_size: Batch = None, train: Train = None, loss: Loss = None, adapter: Adapter = None, rank: Rank = None,
         max_tokens: Longest = None, val: Val = None, test: Test = None, device: Device = None,
         seed: Seed = None, watch: Watch = None, resume: Resume = False, keep_checkpoint: Keep = False,
         strict: Strict = False, as_json: AsJson = False) -> None:
@@ -342,7 +344,8 @@ def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None
     Images lie in one sub-folder per class. Where there is a val/ or test/ split it is used once, for the
     accuracy that is reported; otherwise a fifth of each class is held out for it. Files that are no sound
     images are named and left out. A table (.csv, .tsv, .jsonl) with a column `text` is fitted as texts. Chats
-    (.jsonl with `messages`, or `prompt` and `completion`) fine-tune a language model.
+    (.jsonl with `messages`, or `prompt` and `completion`) fine-tune a language model. Several labels, numbers,
+    masks and boxes are fitted as such; the run says what it takes the data for, and --task decides.
 
     Ctrl-C and SIGTERM let a step end, save, and say how to go on.
     """
@@ -362,6 +365,13 @@ def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None
                 "texts")
         return _fit_texts(folder, _artifact(folder, out, name, resume), test, strict, as_json,
                           **_given(train=train, epochs=epochs, lr=lr, seed=seed))
+    if (found := _task(folder, task)) != "class":
+        unfit = {k: v for k, v in of_images.items() if k != "image_size"}
+        unfit |= _given(backbone=backbone, test=test, strict=strict or None)
+        place = _outside(_artifact(folder, out, name, resume), folder)
+        return _fit_task(folder, place, found, unfit, as_json, resume, **_given(
+            epochs=epochs, lr=lr, batch_size=batch_size, image_size=image_size, train=train, seed=seed,
+            device=device))
     settings = load_settings(fit_image_size=image_size, seed=seed, backbone=backbone, device=device)
     parts = _given(strict=strict, val=val and _there(val), test=test and _there(test))
     recipe = _given(weights=weights and str(_there(weights, "file")), epochs=epochs, lr=lr, train=train,
@@ -413,6 +423,25 @@ def _fit_chats(file: Path, artifact: Path, device: str | None, as_json: bool, ho
         hidden = {k: v for k, v in result.card.items() if k != "made_of"}
         done(hidden | {"artifact": str(artifact), "report": str(artifact / "report.html")})
 
+# %% ../../nbs/tools/cli.ipynb #tkcli002
+def _task(data: Path, task: str | None) -> str:
+    "What data are fitted for, said on standard error where it is not one class an image."
+    data = _there(data)
+    from sft_course.tools.task_command import task_for
+    return task_for(data, task, _say)
+
+def _fit_task(data: Path, artifact: Path, task: str, unfit: dict, as_json: bool, resume: bool,
+              **recipe: Any) -> None:
+    "Fit labels, numbers, masks or boxes, and say what came of it."
+    from sft_course.tools.task_command import fit_task
+    from sft_course.tools.torch_state import pick_device
+    _refuse(unfit, "one class an image", data, {"number": "numbers"}.get(task, task))
+    settings = load_settings(seed=recipe.get("seed"), device=recipe.get("device"))
+    recipe |= {"seed": settings.seed, "device": str(pick_device(settings))}
+    with results(as_json) as done:
+        with _resumable(artifact): told = fit_task(data, artifact, task, resume, **recipe)
+        done(told)
+
 # %% ../../nbs/tools/cli.ipynb #1ee6f7ba
 def _given(**options: Any) -> dict[str, Any]:
     "Those options that a person gave."
@@ -433,8 +462,8 @@ def _fit(folder: Path, parts: dict, artifact: Path, settings, resume: bool, reci
 
 # %% ../../nbs/tools/cli.ipynb #aba160a3
 @app.command(epilog="Examples: sft-course check photos/; sft-course check photos/ --strict --json")
-def check(folder: Folder, strict: Strict = False, as_json: AsJson = False) -> None:
-    """Look for faults in labelled images, texts or chats: copies, leaks, unreadable files, rare classes.
+def check(folder: Folder, task: TaskName = None, strict: Strict = False, as_json: AsJson = False) -> None:
+    """Look for faults in labelled data: copies, leaks, unreadable files, rare classes, boxes without area.
 
     Exit status 0 where a fit is possible, with notes or without; 1 where it is not. Nothing is changed.
     """
@@ -449,6 +478,10 @@ def check(folder: Folder, strict: Strict = False, as_json: AsJson = False) -> No
     look = check_chats if holds_chats(folder) else check_texts if holds_texts(folder) else None
     if look: return _checked(look, folder, strict, as_json)
     settings = load_settings()
+    if (kind := _task(folder, task)) != "class":
+        from sft_course.tools.task_command import check_task
+        with results(as_json) as done: done(check_task(folder, kind, strict))
+        return
     with results(as_json) as done:
         size = decoded_size(settings.fit_image_size)
         found = decode_once(scan(_there(folder), settings.seed), size, settings.cache_dir)
@@ -544,7 +577,7 @@ Abstain = Annotated[Optional[float], typer.Option("--abstain", metavar="CONFIDEN
 @app.command(epilog="Examples: sft-course predict leaves/ new/*.jpg; "
                     "sft-course predict leaves/ new/ --csv new.csv --top 3")
 def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, abstain: Abstain = None,
-            as_json: AsJson = False) -> None:
+            out: Drawn = None, as_json: AsJson = False) -> None:
     """Name the class of images with a network that was fitted before.
 
     A folder stands for the images in it. A file that cannot be read is named and skipped, and the exit status
@@ -558,6 +591,11 @@ def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, abs
         if abstain is not None:
             raise SFTError("--abstain: this is for models of images, and this is one of texts; leave it out.")
         return _predict_texts(folder, files, csv, as_json)
+    from sft_course.tools.task_run import task_card
+    if task_card(folder):
+        if abstain is not None: raise SFTError("--abstain is for one class an image; leave it out.")
+        return _predict_task(folder, files, csv, out, as_json)
+    if out: raise SFTError("--out is for masks and boxes; write classes to a table with --csv.")
     from sft_course.tools.torch_state import pick_device
     from sft_course.tools.artifact import load_artifact
     result = load_artifact(_there(artifact), pick_device(load_settings()))
@@ -615,6 +653,16 @@ def _predict_chats(folder: Path, given: list[Path], csv: Path | None, as_json: b
         cut = sum(not a.finished for a in said)
         if cut: _say(f"note: {cut} of {len(said)} answers did not come to an end")
         done({"artifact": str(folder), "n": len(rows), "predictions": rows})
+
+# %% ../../nbs/tools/cli.ipynb #tkcli003
+def _predict_task(folder: Path, files: list[Path], csv: Path | None, out: Path | None, as_json: bool) -> None:
+    "Print what a network sees in images: labels, numbers, masks or boxes."
+    from sft_course.tools.task_command import predict_task
+    if csv: _require_free(csv, lambda head: head.startswith("path"), "--csv")
+    with results(as_json) as done:
+        told = predict_task(folder, files, csv, out, quiet=as_json, say=_say)
+        done(told)
+    if told["skipped"]: raise typer.Exit(1)
 
 # %% ../../nbs/tools/cli.ipynb #16d8e7c2
 def _write_predictions(found: Iterator[Any], csv: Path | None, top: int,
@@ -739,6 +787,13 @@ def evaluate(artifact: Artifact, folder: Folder, report: Report = None, split: S
     from sft_course.tools.torch_state import pick_device
     from sft_course.tools.artifact import load_artifact
     settings = load_settings()
+    from sft_course.tools.task_run import task_card
+    if task_card(_there(artifact)):
+        from sft_course.tools.task_command import evaluate_task
+        if split: raise SFTError("--split is for one class an image; give the folder or CSV of that part.")
+        with results(as_json) as done:
+            done(evaluate_task(artifact, _there(folder), _report_place(report, artifact, folder)))
+        return
     with results(as_json) as done:
         result = load_artifact(_there(artifact), pick_device(settings))
         report = _report_place(report, artifact, _there(folder))
