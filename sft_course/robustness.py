@@ -19,7 +19,7 @@ State = dict[str, torch.Tensor]  # what `state_dict` gives
 def average_states(states: Sequence[State], weights: Sequence[float] | None = None) -> State:
     """The mean of state dicts of one network, or their sum with `weights`; whole numbers, such as batch
     norms' counters, are those of the first. Raises `SFTError` where names or shapes differ."""
-    weights = [1 / len(states)] * len(states) if weights is None else list(weights)
+    weights = [1 / max(len(states), 1)] * len(states) if weights is None else list(weights)
     if not states or len(weights) != len(states):
         raise SFTError(f"average_states: {len(states)} states and {len(weights)} weights; give one for each.")
     shapes = [{k: v.shape for k, v in s.items()} for s in states]

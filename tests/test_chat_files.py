@@ -16,8 +16,9 @@ from tiny_chat import tiny_model  # noqa: E402
 
 import sft_course.tools.training as training  # noqa: E402
 from sft_course.tools import chat_command, chat_run, cli, language_models  # noqa: E402
-from sft_course.tools.chat_files import as_chats, end_of_turn, holds_chats, split_chats, template_notes  # noqa: E402
-from sft_course.tools.chat_run import ChatResult, fine_tune_chats, is_chat_model, load_chat_model, make_plan  # noqa: E402
+from sft_course.tools.chat_files import as_chats, end_of_turn, split_chats, template_notes  # noqa: E402
+from sft_course.tools.chat_kinds import holds_chats, is_chat_model  # noqa: E402
+from sft_course.tools.chat_run import ChatResult, fine_tune_chats, load_chat_model, make_plan  # noqa: E402
 from sft_course.tools.garden_notes import draw_notes, note_chat  # noqa: E402
 from sft_course.tools.language_models import open_language_model  # noqa: E402
 from sft_course.tools.sentences import holds_texts  # noqa: E402

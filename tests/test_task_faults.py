@@ -13,7 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sft_course.tools.settings import SFTError
-from sft_course.tools.task_command import check_task, task_for
+from sft_course.tools.task_command import check_task
+from sft_course.tools.task_kinds import task_for
 
 app = typer.Typer()
 

@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 from sft_course.tools.blooms import draw_bloom
 from sft_course.tools.masks import save_mask
 from sft_course.tools.settings import SFTError
-from sft_course.tools.task_command import evaluate_task, fit_task, predict_task, task_for
-from sft_course.tools.task_folders import divided, read_task, task_at
+from sft_course.tools.task_command import evaluate_task, fit_task, predict_task
+from sft_course.tools.task_folders import divided, read_task
+from sft_course.tools.task_kinds import task_at, task_for
 from sft_course.tools.task_run import fine_tune_task, open_task
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"

@@ -226,7 +226,7 @@ def moved_table(runs: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("beside", ascending=False)
 
 def draw_ways(runs: pd.DataFrame):
-    "A panel a data set, a row a way: a dot for each seed's test accuracy, a line at the mean; dashed the head."
+    "A panel a data set, a row a way: a dot for each seed's test accuracy, a line at the mean."
     import matplotlib.pyplot as plt
     beside = moved_table(runs).beside.drop("head").sort_values()
     fig, axes = plt.subplots(1, len(SETS), figsize=(4.2 * len(SETS), 2.8), layout="constrained",

@@ -58,7 +58,7 @@ def soup(tuner: TunerState, other: Callable[[], FineTuner], phases: tuple[Phase,
         runs = other()
         for p in phases: runs.run_phase(p if p.train == "head" else replace(p, lr=factor * p.lr))
         states.append(runs.tuned.state)
-    taken, state = greedy_soup(states, lambda s: _rank(_candidate(tuner, s)))
+    taken, state = greedy_soup(states, lambda s: _candidate(tuner, s).score.accuracy)
     tuner.tuned = _candidate(tuner, state)
     tuner.average = {"kind": "soup", "of": [(1., *FACTORS)[i] for i in taken]}
 

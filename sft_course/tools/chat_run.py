@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ChatPlan', 'make_plan', 'frozen_data', 'tune_chats', 'ChatResult', 'write_adapter', 'write_chat_model', 'chat_report',
-           'is_chat_model', 'load_chat_model', 'fine_tune_chats']
+           'load_chat_model', 'fine_tune_chats']
 
 # %% ../../nbs/tools/chat_run.ipynb #c347fb01
 import hashlib, json, shutil, tempfile, time, warnings
@@ -32,6 +32,7 @@ from .chats import Chat, IGNORE
 from .language_models import open_language_model, quiet_transformers
 from .upper_layers import chat_data, Encoded, score_upper, swap_layers, UpperLayers
 from ..language import Answer, ask, exact_answers, lm_loss, LoRA
+from .chat_kinds import is_chat_model
 from .chat_files import (
     as_chats, between_chats, ChatFile, encode_file, end_of_turn, split_chats, template_notes)
 
@@ -202,12 +203,6 @@ def chat_report(result: ChatResult) -> str:
             f"{m['n_train']} chats</h1>{told}{''.join(parts)}</body></html>")
 
 # %% ../../nbs/tools/chat_run.ipynb #b7e99ca6
-def is_chat_model(folder: str | Path) -> bool:
-    "Whether a folder was written by `fine_tune_chats`."
-    try: card = json.loads((Path(folder) / "card.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): return False
-    return isinstance(card, dict) and card.get("task") == "chat"
-
 @own_torch_state()
 def load_chat_model(folder: str | Path, device: str | torch.device = "cpu") -> ChatResult:
     "What `fine_tune_chats` wrote. Raises `SFTError` for another folder."

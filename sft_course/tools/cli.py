@@ -335,8 +335,9 @@ def demo(out: Out = None, as_json: AsJson = False) -> None:
                     "sft-course fit chats.jsonl --adapter lora --rank 8")
 def fit(folder: Folder, out: Out = None, name: Name = None, task: TaskName = None, backbone: Net = None,
         weights: Weights = None, image_size: Size = None, epochs: Epochs = None, lr: Lr = None,
-        batch_size: Batch = None, train: Train = None, loss: Loss = None, adapter: Adapter = None, rank: Rank = None,
-        max_tokens: Longest = None, val: Val = None, test: Test = None, device: Device = None,
+        batch_size: Batch = None, train: Train = None, loss: Loss = None,
+        adapter: Adapter = None, rank: Rank = None, max_tokens: Longest = None,
+        val: Val = None, test: Test = None, device: Device = None,
         seed: Seed = None, watch: Watch = None, resume: Resume = False, keep_checkpoint: Keep = False,
         strict: Strict = False, as_json: AsJson = False) -> None:
     """Fine-tune on your own images and save an artifact.
@@ -344,13 +345,13 @@ def fit(folder: Folder, out: Out = None, name: Name = None, task: TaskName = Non
     Images lie in one sub-folder per class. Where there is a val/ or test/ split it is used once, for the
     accuracy that is reported; otherwise a fifth of each class is held out for it. Files that are no sound
     images are named and left out. A table (.csv, .tsv, .jsonl) with a column `text` is fitted as texts. Chats
-    (.jsonl with `messages`, or `prompt` and `completion`) fine-tune a language model. Several labels, numbers,
-    masks and boxes are fitted as such; the run says what it takes the data for, and --task decides.
+    (.jsonl with `messages`, or `prompt` and `completion`) fine-tune a language model. Several labels,
+    numbers, masks and boxes are fitted as such; the run says what it takes data for, and --task decides.
 
     Ctrl-C and SIGTERM let a step end, save, and say how to go on.
     """
     from sft_course.tools.sentences import holds_texts
-    from sft_course.tools.chat_files import holds_chats
+    from sft_course.tools.chat_kinds import holds_chats
     of_images = _given(weights=weights, image_size=image_size, loss=loss, val=val, watch=watch,
                        keep_checkpoint=keep_checkpoint or None)
     of_chats = _given(adapter=adapter, rank=rank, max_tokens=max_tokens)
@@ -427,7 +428,7 @@ def _fit_chats(file: Path, artifact: Path, device: str | None, as_json: bool, ho
 def _task(data: Path, task: str | None) -> str:
     "What data are fitted for, said on standard error where it is not one class an image."
     data = _there(data)
-    from sft_course.tools.task_command import task_for
+    from sft_course.tools.task_kinds import task_for
     return task_for(data, task, _say)
 
 def _fit_task(data: Path, artifact: Path, task: str, unfit: dict, as_json: bool, resume: bool,
@@ -473,7 +474,7 @@ def check(folder: Folder, task: TaskName = None, strict: Strict = False, as_json
     from sft_course.tools.catalog import require_whole
     from sft_course.tools.intake import scan
     from sft_course.tools.chat_command import check_chats, check_texts
-    from sft_course.tools.chat_files import holds_chats
+    from sft_course.tools.chat_kinds import holds_chats
     from sft_course.tools.sentences import holds_texts
     look = check_chats if holds_chats(folder) else check_texts if holds_texts(folder) else None
     if look: return _checked(look, folder, strict, as_json)
@@ -584,14 +585,14 @@ def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, abs
     is 1 then. With a model of texts, each FILE is a text itself, or a table of texts; with a language model,
     a prompt, or a file of prompts (.txt, .jsonl).
     """
-    from sft_course.tools.chat_run import is_chat_model
+    from sft_course.tools.chat_kinds import is_chat_model
     if is_chat_model(_there(artifact)): return _predict_chats(artifact, files, csv, as_json)
     from sft_course.tools.sentences import is_text_model
     if is_text_model(folder := _there(artifact)):
         if abstain is not None:
             raise SFTError("--abstain: this is for models of images, and this is one of texts; leave it out.")
         return _predict_texts(folder, files, csv, as_json)
-    from sft_course.tools.task_run import task_card
+    from sft_course.tools.task_kinds import task_card
     if task_card(folder):
         if abstain is not None: raise SFTError("--abstain is for one class an image; leave it out.")
         return _predict_task(folder, files, csv, out, as_json)
@@ -787,7 +788,7 @@ def evaluate(artifact: Artifact, folder: Folder, report: Report = None, split: S
     from sft_course.tools.torch_state import pick_device
     from sft_course.tools.artifact import load_artifact
     settings = load_settings()
-    from sft_course.tools.task_run import task_card
+    from sft_course.tools.task_kinds import task_card
     if task_card(_there(artifact)):
         from sft_course.tools.task_command import evaluate_task
         if split: raise SFTError("--split is for one class an image; give the folder or CSV of that part.")

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from .catalog import printable, Problem
 from .masks import VOID
-from .task_folders import TaskData, TASKS
+from .task_kinds import TASKS
+from .task_folders import TaskData
 
 # %% ../../nbs/tools/task_problems.ipynb #05ebbd2c
 def _copies(data: TaskData) -> list[Problem]:

@@ -17,7 +17,8 @@ from .report import (
     _COLOURS, _FIGURES, _LAYOUT, _TABLES, _e, _history_table, _part, _problems, _table)
 from .masks import coloured
 from .boxes import Found
-from .task_folders import items, TaskData, TASKS
+from .task_kinds import TASKS
+from .task_folders import items, TaskData
 from .task import TASK, _number_values
 
 # %% ../../nbs/tools/task_report.ipynb #146b00d7
