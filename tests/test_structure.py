@@ -15,7 +15,7 @@ PACKAGE = REPO / "sft_course"
 # The one order of all modules: each imports only modules before it.
 # The rooms behind a chapter stand before it, the chapters in reading order.
 ORDER = [
-    "tools.figures", "tools.diagrams", "tools.settings", "tools.extras", "tools.terminal", "tools.files", "tools.torch_state", "tools.records",
+    "tools.figures", "tools.diagrams", "tools.settings", "tools.extras", "tools.terminal", "tools.files", "tools.torch_state", "tools.processes", "tools.records",
     "tools.blooms", "tools.datasets",
     "core",
     "tools.budget", "tools.catalog", "tools.folders", "tools.tables", "tools.intake", "tools.given", "tools.decoding",
@@ -35,7 +35,7 @@ ORDER = [
     "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text", "tools.text_files",
     "tools.garden_notes", "tools.chats", "tools.language_models", "tools.upper_layers", "language",
     "tools.keras_start", "tools.keras_inputs", "keras_twin", "tools.parity",
-    "shipping", "tools.exporting", "tools.model_card", "tools.serving", "tools.clients", "tools.shipping_runs",
+    "tools.launch", "tools.sharded_predict", "shipping", "tools.exporting", "tools.model_card", "tools.serving", "tools.clients", "tools.shipping_runs",
     "tools.shipping_commands",
     "tools.cheat_sheet", "answers",
     "tools.unfreezing_lab", "tools.ladder", "tools.widgets",

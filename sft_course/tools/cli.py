@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'DIR', 'Folder', 'Artifact', 'Out', 'AsJson', 'Strict', 'WATCHERS', 'Name', 'Net', 'Weights', 'Size', 'Device',
-           'Seed', 'Epochs', 'Lr', 'Batch', 'Train', 'Loss', 'Val', 'Test', 'Watch', 'Resume', 'Keep', 'Files', 'Csv',
-           'Top', 'Report', 'Split', 'Part', 'To', 'Force', 'Clear', 'demo', 'fit', 'check', 'predict', 'evaluate',
-           'backbones', 'notebooks', 'cache', 'doctor', 'main']
+           'Seed', 'Epochs', 'Lr', 'Batch', 'Train', 'Loss', 'Val', 'Test', 'Watch', 'Resume', 'Keep', 'Processes',
+           'Files', 'Csv', 'Top', 'Report', 'Split', 'Part', 'To', 'Force', 'Clear', 'demo', 'fit', 'check', 'predict',
+           'evaluate', 'backbones', 'notebooks', 'cache', 'doctor', 'main']
 
 # %% ../../nbs/tools/cli.ipynb #a54f30df
 import difflib, math, os, re, shlex, signal, sys, warnings
@@ -19,6 +19,7 @@ import typer
 import sft_course
 from .settings import load_settings, SFTError
 from .terminal import plain, progress, results, typed_path
+from .processes import is_first, joined, launched, may_speak, PeerGone, ranks, wait_for_reason
 from .compare_command import compare
 from .tune_command import tune
 from .shipping_commands import card, export, push, serve
@@ -76,6 +77,7 @@ def _notes(texts: list[str], where: str, most: int = 10) -> None:
 
 def _say(text: str) -> None:
     "One line on standard error. Where that cannot be written, nobody can be told."
+    if text.startswith("note: ") and not is_first(): return
     try: print(f"sft-course: {text}", file=sys.stderr)
     except OSError: pass
 
@@ -179,7 +181,14 @@ def _again() -> str:
     "The command that was given, with --resume."
     words = [w for w in sys.argv[1:] if w != "--resume"]
     at = words.index("--") if "--" in words else len(words)
-    return shlex.join(["sft-course", *words[:at], "--resume", *words[at:]])
+    program = ["sft-course"]
+    if launched() and not _asks_for_processes(words):
+        program = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "sft_course"]
+    return shlex.join([*program, *words[:at], "--resume", *words[at:]])
+
+def _asks_for_processes(words: list[str]) -> bool:
+    "Whether a command has --processes."
+    return any(w.partition("=")[0] == "--processes" for w in words)
 
 @contextmanager
 def _resumable(out: Path, again: str | None = None) -> Iterator[None]:
@@ -257,6 +266,8 @@ Watch = Annotated[Optional[str], typer.Option("--watch", parser=_watcher, metava
     help="Log every epoch there; the library must be installed.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run into OUT was stopped.")]
 Keep = Annotated[bool, typer.Option("--keep-checkpoint", help="Keep last.ckpt when the run has ended.")]
+Processes = Annotated[int, typer.Option("--processes", min=1, metavar="N",
+    help="Divide the work among N processes of this machine, one for each GPU where there are several.")]
 
 # %% ../../nbs/tools/cli.ipynb #9ff7b3ac
 def _summary(result, artifact: Path) -> dict:
@@ -309,7 +320,7 @@ def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None
         image_size: Size = None, epochs: Epochs = None, lr: Lr = None, batch_size: Batch = None,
         train: Train = None, loss: Loss = None, val: Val = None, test: Test = None, device: Device = None,
         seed: Seed = None, watch: Watch = None, resume: Resume = False, keep_checkpoint: Keep = False,
-        strict: Strict = False, as_json: AsJson = False) -> None:
+        processes: Processes = 1, strict: Strict = False, as_json: AsJson = False) -> None:
     """Fine-tune on your own images and save an artifact.
 
     Images lie in one sub-folder per class. Where there is a val/ or test/ split it is used once, for the
@@ -318,22 +329,55 @@ def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None
 
     Ctrl-C and SIGTERM let a step end, save, and say how to go on.
     """
+    _launch_if_asked(processes)
     from sft_course.tools.sentences import holds_texts
     if holds_texts(folder):
+        if launched(): raise SFTError(f"{folder}: texts are fitted by one process; leave --processes out.")
         unfit = _given(backbone=backbone, weights=weights, image_size=image_size, batch_size=batch_size,
                        loss=loss, val=val, device=device, watch=watch,
                        keep_checkpoint=keep_checkpoint or None)
         return _fit_texts(folder, _artifact(folder, out, name, resume), test, unfit, as_json,
                           **_given(train=train, epochs=epochs, lr=lr, seed=seed))
-    settings = load_settings(fit_image_size=image_size, seed=seed, backbone=backbone, device=device)
+    with _taking_part() as me:
+        settings = load_settings(fit_image_size=image_size, seed=seed, backbone=backbone, device=device)
+        _fit_images(folder, out, name, _own_gpu(settings), resume or me.restarts > 0, as_json, strict, val, test,
+                    weights=weights, epochs=epochs, lr=lr, train=train, batch_size=batch_size, loss=loss,
+                    watch=watch, keep_checkpoint=keep_checkpoint or None)
+
+def _fit_images(folder: Path, out: Path | None, name: str | None, settings, resume: bool, as_json: bool,
+                strict: bool, val: Path | None, test: Path | None, weights: Path | None, **recipe: Any) -> None:
+    "Fit a folder of images, and say what came of it."
     parts = _given(strict=strict, val=val and _there(val), test=test and _there(test))
-    recipe = _given(weights=weights and str(_there(weights, "file")), epochs=epochs, lr=lr, train=train,
-                    batch_size=batch_size, loss=loss, watch=watch, keep_checkpoint=keep_checkpoint or None)
+    recipe = _given(weights=weights and str(_there(weights, "file")), **recipe)
     artifact = _outside(_artifact(_there(folder), out, name, resume), folder, val, test)
     with results(as_json) as done:
         with _resumable(artifact): result = _fit(folder, parts, artifact, settings, resume, recipe)
         _tell(result, artifact)
         done(_summary(result, artifact))
+
+# %% ../../nbs/tools/cli.ipynb #e9b9ad5e
+def _launch_if_asked(processes: int) -> None:
+    "Start this command in so many processes, and end as they end; in one of them, or alone, do nothing."
+    if processes == 1 or launched(): return
+    from sft_course.tools.launch import launch
+    raise typer.Exit(launch(processes, sys.argv[1:]))
+
+@contextmanager
+def _taking_part() -> Iterator[Any]:
+    "Inside the block this process is one of those that `torchrun` started, if it did. One of them prints."
+    if not launched():
+        yield ranks()
+        return
+    from contextlib import redirect_stdout
+    with joined() as me, open(os.devnull, "w", encoding="utf-8") as nowhere:
+        if me.rank: os.environ["TQDM_DISABLE"] = "1"
+        with redirect_stdout(nowhere if me.rank else sys.stdout): yield me
+
+def _own_gpu(settings):
+    "Of several processes on a machine with GPUs each takes one."
+    import torch
+    if ranks().count == 1 or settings.device != "auto" or not torch.cuda.is_available(): return settings
+    return settings.change(device=f"cuda:{ranks().local}")
 
 # %% ../../nbs/tools/cli.ipynb #txcli002
 def _fit_texts(file: Path, artifact: Path, test: Path | None, unfit: dict, as_json: bool,
@@ -927,10 +971,11 @@ def main() -> None:
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, _end)
     warnings.showwarning = _note_warning
     try: status = app(sys.argv[1:] or ["--help"], prog_name="sft-course", standalone_mode=False) or 0
-    except SFTError as e: status = _failed(_as_option(str(e)), 1)
-    except _Ended as e: status = _failed(e.text, 128 + e.signal)
+    except PeerGone: status = _alone_now()
+    except SFTError as e: status = _failed(_as_option(str(e)), 1) if may_speak() else 1
+    except _Ended as e: status = _stopped(e)
     except BrokenPipeError: status = 1
-    except Exception as e: status = _unexpected(e)
+    except Exception as e: status = _unexpected(e) if may_speak() else 1
     sys.exit(_flushed(status))
 
 # %% ../../nbs/tools/cli.ipynb #559363e1
@@ -942,6 +987,23 @@ def _failed(message: str, status: int) -> int:
     "Say what is wrong; the exit status."
     _say(message)
     return status
+
+# %% ../../nbs/tools/cli.ipynb #15de61a1
+def _signals_do(what: Any) -> None:
+    "What happens from here on where this process is asked to end."
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, what)
+
+def _stopped(e: _Ended) -> int:
+    "Say how to go on, where this process is the one that speaks; the exit status."
+    _signals_do(signal.SIG_IGN)  # it is ending already
+    if is_first(): return _failed(e.text, 128 + e.signal)
+    wait_for_reason(1)  # torchrun ends all where one has ended: the first one is to speak before
+    return 128 + e.signal
+
+def _alone_now() -> int:
+    "Another process of the run has ended and says why; the exit status of this one."
+    _signals_do(signal.SIG_DFL)
+    return wait_for_reason()
 
 # %% ../../nbs/tools/cli.ipynb #ec3bd0d0
 def _as_option(text: str) -> str:
