@@ -15,8 +15,8 @@ PACKAGE = REPO / "sft_course"
 # The one order of all modules: each imports only modules before it.
 # The rooms behind a chapter stand before it, the chapters in reading order.
 ORDER = [
-    "tools.figures", "tools.diagrams", "tools.settings", "tools.extras", "tools.terminal", "tools.files", "tools.torch_state", "tools.processes", "tools.records",
-    "tools.blooms", "tools.datasets",
+    "tools.figures", "tools.diagrams", "tools.settings", "tools.extras", "tools.terminal", "tools.files", "tools.torch_state", "tools.processes",
+    "tools.records", "tools.blooms", "tools.datasets",
     "core",
     "tools.budget", "tools.catalog", "tools.folders", "tools.tables", "tools.intake", "tools.given", "tools.decoding",
     "tools.pixels", "tools.copies", "tools.problems",
@@ -35,12 +35,13 @@ ORDER = [
     "tools.sentences", "tools.descriptions", "tools.hidden_states", "tools.sequence_classifiers", "text", "tools.text_files",
     "tools.garden_notes", "tools.chats", "tools.language_models", "tools.upper_layers", "language",
     "tools.keras_start", "tools.keras_inputs", "keras_twin", "tools.parity",
-    "tools.launch", "tools.sharded_predict", "shipping", "tools.exporting", "tools.model_card", "tools.serving", "tools.clients", "tools.shipping_runs",
+    "tools.launch", "tools.sharded_predict", "tools.scale_lab", "scale",
+    "shipping", "tools.exporting", "tools.model_card", "tools.serving", "tools.clients", "tools.shipping_runs",
     "tools.shipping_commands",
     "tools.cheat_sheet", "answers",
     "tools.unfreezing_lab", "tools.ladder", "tools.widgets",
     "tools.exercises", "tools.exercises_open", "tools.exercises_10", "tools.exercises_11", "tools.exercises_12",
-    "tools.exercises_15", "tools.exercises_16", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19",
+    "tools.exercises_15", "tools.exercises_16", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19", "tools.exercises_20",
     "tools.exercises_21", "tools.exercises_22", "tools.exercises_23", "tools.cli",
 ]
 

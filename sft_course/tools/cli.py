@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'DIR', 'Folder', 'Artifact', 'Out', 'AsJson', 'Strict', 'WATCHERS', 'Name', 'Net', 'Weights', 'Size', 'Device',
            'Seed', 'Epochs', 'Lr', 'Batch', 'Train', 'Loss', 'Val', 'Test', 'Watch', 'Resume', 'Keep', 'Processes',
-           'Files', 'Csv', 'Top', 'Report', 'Split', 'Part', 'To', 'Force', 'Clear', 'demo', 'fit', 'check', 'predict',
-           'evaluate', 'backbones', 'notebooks', 'cache', 'doctor', 'main']
+           'Files', 'Csv', 'Top', 'ShardsTo', 'ShardSize', 'Parquet', 'Report', 'Split', 'Part', 'To', 'Force', 'Clear',
+           'demo', 'fit', 'check', 'predict', 'evaluate', 'backbones', 'notebooks', 'cache', 'doctor', 'main']
 
 # %% ../../nbs/tools/cli.ipynb #a54f30df
 import difflib, math, os, re, shlex, signal, sys, warnings
@@ -183,7 +183,8 @@ def _again() -> str:
     at = words.index("--") if "--" in words else len(words)
     program = ["sft-course"]
     if launched() and not _asks_for_processes(words):
-        program = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "sft_course"]
+        here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        program = ["torchrun", "--nproc-per-node", here, "-m", "sft_course"]
     return shlex.join([*program, *words[:at], "--resume", *words[at:]])
 
 def _asks_for_processes(words: list[str]) -> bool:
@@ -340,12 +341,13 @@ def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None
                           **_given(train=train, epochs=epochs, lr=lr, seed=seed))
     with _taking_part() as me:
         settings = load_settings(fit_image_size=image_size, seed=seed, backbone=backbone, device=device)
-        _fit_images(folder, out, name, _own_gpu(settings), resume or me.restarts > 0, as_json, strict, val, test,
-                    weights=weights, epochs=epochs, lr=lr, train=train, batch_size=batch_size, loss=loss,
+        _fit_images(folder, out, name, _own_gpu(settings), resume or me.restarts > 0, as_json,
+                    strict, val, test, weights, epochs=epochs, lr=lr, train=train, batch_size=batch_size, loss=loss,
                     watch=watch, keep_checkpoint=keep_checkpoint or None)
 
 def _fit_images(folder: Path, out: Path | None, name: str | None, settings, resume: bool, as_json: bool,
-                strict: bool, val: Path | None, test: Path | None, weights: Path | None, **recipe: Any) -> None:
+                strict: bool, val: Path | None, test: Path | None, weights: Path | None,
+                **recipe: Any) -> None:
     "Fit a folder of images, and say what came of it."
     parts = _given(strict=strict, val=val and _there(val), test=test and _there(test))
     recipe = _given(weights=weights and str(_there(weights, "file")), **recipe)
@@ -503,16 +505,27 @@ Csv = Annotated[Optional[Path], typer.Option("--csv", parser=typed_path, metavar
     help="Write a table instead of lines.")]
 Top = Annotated[int, typer.Option("--top", min=1, metavar="K",
     help="How many classes to name, the most probable first.")]
+ShardsTo = Annotated[Optional[Path], typer.Option("--shards", parser=typed_path, metavar="PARTS",
+    help="Write tables of a part of the files each to this folder; go on where an earlier run was stopped.")]
+ShardSize = Annotated[int, typer.Option("--shard-size", min=1, metavar="N", help="Files in a shard.")]
+Parquet = Annotated[bool, typer.Option("--parquet", help="Shards as Parquet in place of CSV.")]
 
 # %% ../../nbs/tools/cli.ipynb #bb741dd4
 @app.command(epilog="Examples: sft-course predict leaves/ new/*.jpg; "
                     "sft-course predict leaves/ new/ --csv new.csv --top 3")
-def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, as_json: AsJson = False) -> None:
+def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, shards: ShardsTo = None,
+            shard_size: ShardSize = 1000, parquet: Parquet = False, processes: Processes = 1,
+            as_json: AsJson = False) -> None:
     """Name the class of images with a network that was fitted before.
 
     A folder stands for the images in it. A file that cannot be read is named and skipped, and the exit status
     is 1 then. With a model of texts, each FILE is a text itself, or a table of texts.
+
+    For very many files: --shards, which several processes can write at once.
     """
+    if shards: return _predict_shards(artifact, files, shards, shard_size, parquet, processes, csv, as_json)
+    if processes > 1 or parquet or launched():
+        raise SFTError("--processes and --parquet are for --shards PARTS; give that too, or leave them out.")
     from sft_course.tools.sentences import is_text_model
     if is_text_model(folder := _there(artifact)):
         return _predict_texts(folder, files, csv, as_json)
@@ -526,6 +539,28 @@ def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, as_
         if csv: print(f"{n} predictions in {csv}")
         done({"artifact": str(artifact), "n": n, "predictions": rows, "skipped": skipped})
     if skipped: raise typer.Exit(1)
+
+# %% ../../nbs/tools/cli.ipynb #fcb16e24
+def _predict_shards(artifact: Path, files: list[Path], folder: Path, size: int, parquet: bool, processes: int,
+                    csv: Path | None, as_json: bool) -> None:
+    "Write predictions in shards, and say how many."
+    from sft_course.tools.sentences import is_text_model
+    if csv: raise SFTError("--csv is one table and --shards are many; leave one of them out.")
+    if is_text_model(_there(artifact)):
+        raise SFTError(f"{artifact}: --shards is for images, and this is a model of texts.")
+    _launch_if_asked(processes)
+    from sft_course.tools.torch_state import pick_device
+    from sft_course.tools.artifact import load_artifact
+    from sft_course.tools.sharded_predict import predict_shards
+    with _taking_part(), results(as_json) as done, _resumable(folder, "give the same command again to go on"):
+        result = load_artifact(artifact, pick_device(_own_gpu(load_settings())))
+        kind = "parquet" if parquet else "csv"
+        made = predict_shards(result, [_there(f) for f in files], folder, shard_size=size, kind=kind)
+        before = made.shards - made.wrote
+        print(f"{made.files} predictions in {made.shards} shards in {folder}"
+              + (f"; {before} of them were there before" if before else ""))
+        done({"artifact": str(artifact), "folder": str(folder), "files": made.files, "shards": made.shards,
+              "wrote": made.wrote})
 
 # %% ../../nbs/tools/cli.ipynb #txcli003
 def _asked(given: list[Path]) -> list[str]:
