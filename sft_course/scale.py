@@ -30,27 +30,29 @@ def ring_bytes(numbers: int, processes: int, each: int = 4) -> float:
     "Bytes that each process sends in a ring all-reduce of so many numbers of `each` bytes."
     return 2 * (processes - 1) / processes * numbers * each
 
-# %% ../nbs/20_scale.ipynb #c9a1ae1e
+# %% ../nbs/20_scale.ipynb #c6b8083d
 def _add_up(*tensors: torch.Tensor) -> None:
-    "Replace each by its sum over all processes, in one message."
+    "Replace each by its sum over all processes, in one message; alone, leave it."
     import torch.distributed as dist
+    if not dist.is_initialized(): return
     message = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(message)
     for t, part in zip(tensors, message.split([t.numel() for t in tensors])): t.copy_(part.view_as(t))
 
 def sharded_head(features: torch.Tensor, labels: torch.Tensor, items: int, classes: int,
-                 weight_decay: float = 1e-3, max_iter: int = 200) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The (W, b) of `fit_head`, where each process holds features (m, d) and labels (m,) of its own images,
-    `items` in all; and how many sums were sent."""
-    W = torch.zeros(classes, features.shape[1], requires_grad=True)
-    b = torch.zeros(classes, requires_grad=True)
-    solver = torch.optim.LBFGS([W, b], max_iter=max_iter, history_size=20, tolerance_grad=1e-6,
-                               line_search_fn="strong_wolfe")
+                 weight_decay: float = 1e-2, max_iter: int = 1000) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The (W, b) that `fit_head` looks for, where each process holds features (m, d) and labels (m,) of its
+    own images, `items` in all; and how many sums were sent. Computed in 64 bits."""
+    x = features.double()
+    W = x.new_zeros(classes, x.shape[1]).requires_grad_()
+    b = x.new_zeros(classes).requires_grad_()
+    solver = torch.optim.LBFGS([W, b], max_iter=max_iter, history_size=20, tolerance_grad=1e-8,
+                               tolerance_change=1e-15, line_search_fn="strong_wolfe")
     sent = []
 
     def closure():
         solver.zero_grad()
-        loss = F.cross_entropy(features @ W.T + b, labels, reduction="sum") / items
+        loss = F.cross_entropy(x @ W.T + b, labels, reduction="sum") / items
         loss.backward()
         total = loss.detach()
         _add_up(total, W.grad, b.grad)
@@ -58,7 +60,7 @@ def sharded_head(features: torch.Tensor, labels: torch.Tensor, items: int, class
         W.grad.add_(weight_decay * W.detach())
         return total + weight_decay / 2 * W.detach().square().sum()
     solver.step(closure)
-    return W.detach(), b.detach(), len(sent)
+    return W.detach().float(), b.detach().float(), len(sent)
 
 # %% ../nbs/20_scale.ipynb #16c1ba4d
 @dataclass(frozen=True)

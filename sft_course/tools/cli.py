@@ -19,7 +19,8 @@ import typer
 import sft_course
 from .settings import load_settings, SFTError
 from .terminal import plain, progress, results, typed_path
-from .processes import is_first, joined, launched, may_speak, PeerGone, ranks, wait_for_reason
+from .processes import is_first, joined, launched, may_speak
+from .processes import PeerGone, ranks, wait_for_reason
 from .compare_command import compare
 from .tune_command import tune
 from .shipping_commands import card, export, push, serve
@@ -330,15 +331,16 @@ def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None
 
     Ctrl-C and SIGTERM let a step end, save, and say how to go on.
     """
-    _launch_if_asked(processes)
     from sft_course.tools.sentences import holds_texts
     if holds_texts(folder):
-        if launched(): raise SFTError(f"{folder}: texts are fitted by one process; leave --processes out.")
+        if launched() or processes > 1:
+            raise SFTError(f"{folder}: texts are fitted by one process; leave --processes out.")
         unfit = _given(backbone=backbone, weights=weights, image_size=image_size, batch_size=batch_size,
                        loss=loss, val=val, device=device, watch=watch,
                        keep_checkpoint=keep_checkpoint or None)
         return _fit_texts(folder, _artifact(folder, out, name, resume), test, unfit, as_json,
                           **_given(train=train, epochs=epochs, lr=lr, seed=seed))
+    _launch_if_asked(processes)
     with _taking_part() as me:
         settings = load_settings(fit_image_size=image_size, seed=seed, backbone=backbone, device=device)
         _fit_images(folder, out, name, _own_gpu(settings), resume or me.restarts > 0, as_json,

@@ -90,7 +90,7 @@ def share(rows: Sequence) -> Sequence:
     me = ranks()
     return rows[me.rank::me.count]
 
-# %% ../../nbs/tools/processes.ipynb #0ee8fd49
+# %% ../../nbs/tools/processes.ipynb #215adf44
 def whole_batch(model, total, counted: int) -> tuple[Any, int]:
     """Make the gradient of a mean over this process's `counted` terms that of the mean over all terms of the
     batch, in all processes alike.
@@ -107,7 +107,9 @@ def whole_batch(model, total, counted: int) -> tuple[Any, int]:
     with _talking(): dist.all_reduce(message)
     n = max(int(message[-1]), 1)
     parts = (message[:-2] / n).split([p.numel() for p in learns])
-    for p, g in zip(learns, parts): p.grad = g.view_as(p).clone()
+    for p, g in zip(learns, parts):
+        if p.grad is None: p.grad = torch.empty_like(p)
+        p.grad.copy_(g.view_as(p))  # in the parameter's own order of memory, which a fused optimizer relies on
     return message[-2], n
 
 # %% ../../nbs/tools/processes.ipynb #ca5e8593
@@ -177,10 +179,10 @@ def first_here() -> Iterator[None]:
     yield
     if not me.local: _largest(0)
 
-# %% ../../nbs/tools/processes.ipynb #c7dc5ce3
+# %% ../../nbs/tools/processes.ipynb #f851aa0c
 def may_speak() -> bool:
     "Whether no other process of this run has said yet what is wrong."
-    if ranks().count == 1: return True
+    if ranks().count == 1: return not launched() or os.environ["RANK"] == "0"
     from torch.distributed.distributed_c10d import _get_default_store
     try: return _get_default_store().add(f"spoken {ranks().restarts}", 1) == 1
     except RuntimeError: return True

@@ -16,9 +16,9 @@ from .phases import Phase
 from .engine import FineTuner
 from .head_lab import _folder
 
-# %% ../../nbs/tools/scale_lab.ipynb #d6100226
+# %% ../../nbs/tools/scale_lab.ipynb #dfcbe472
 SETS = ("garden", "hands")
-_FIT = ("--image-size", "96", "--train", "3", "--epochs", "4", "--seed", "0", "--json")
+_FIT = ("--image-size", "64", "--train", "2", "--epochs", "2", "--seed", "0", "--json")
 
 def process_run(data: str, processes: int) -> dict[str, float]:
     "What `sft-course fit --processes` says of a data set."
@@ -38,17 +38,17 @@ def process_runs() -> pd.DataFrame:
     grid = [{"data": d, "processes": p} for d in SETS for p in (1, 2)]
     return recorded("20_processes", process_run, grid, uses=(_folder,))
 
-# %% ../../nbs/tools/scale_lab.ipynb #cded440b
+# %% ../../nbs/tools/scale_lab.ipynb #18506138
 RULES = {"unchanged": lambda k: 1., "square root": lambda k: k ** .5, "linear": lambda k: float(k)}
 
 def batch_run(data: str, batch: int, rule: str, seed: int) -> dict[str, float]:
     "Tuning with batches of so many images, at a learning rate that grew by a rule from that for 8."
-    settings = load_settings(fit_image_size=96, seed=seed)
-    tuner = FineTuner(scan(_folder(data), seed).sample_per_class(30, seed), settings=settings)
+    settings = load_settings(fit_image_size=64, seed=seed)
+    tuner = FineTuner(scan(_folder(data), 0), settings=settings)
     lr = 3e-4 * RULES[rule](batch / 8)
     tuner.run_phase(Phase("head"))
     head = tuner.head.score
-    tuner.run_phase(Phase(3, epochs=4, batch_size=batch, lr=lr))
+    tuner.run_phase(Phase(2, epochs=4, batch_size=batch, lr=lr, views=2))
     best = min(tuner.history[1:], key=lambda row: row["val_loss"])
     return {"head_val_loss": head.loss, "val_loss": best["val_loss"], "val_accuracy": best["val_accuracy"],
             "test_accuracy": tuner.measure().accuracy}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ARGS = ["--image-size", 32, "--train", 3, "--epochs", 3, "--batch-size", 8, "--seed", 0]
+ARGS = ["--image-size", 32, "--train", 3, "--epochs", 6, "--batch-size", 8, "--seed", 0]
 
 
 def draw_noise(folder, per_class=31):

@@ -2,13 +2,12 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from .conftest import ARGS, card, children, history, ranks_of, weights
-
-LONGER = [*ARGS[:5], 8, *ARGS[6:]]  # epochs: time enough to be stopped
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +65,7 @@ def test_only_rank_0_writes(one, two):
     assert names(one[0]) == names(two[0])
 
 
+@pytest.mark.long
 def test_torchrun_does_the_same(one, run, noise, tmp_path):
     done = run("fit", noise, "--out", tmp_path / "out", *ARGS, torchrun=2)
     assert done.returncode == 0, done.stderr
@@ -92,36 +92,41 @@ def test_what_one_rank_cannot_write_ends_all_with_one_sentence(run, noise, tmp_p
     assert done.returncode == 1 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr
 
 
-@pytest.fixture(scope="module")
-def unbroken(run, noise, tmp_path_factory):
-    out = tmp_path_factory.mktemp("unbroken") / "out"
-    done = run("fit", noise, "--out", out, *LONGER, "--processes", 2)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
-def test_a_killed_rank_is_started_again_and_the_run_ends_the_same(unbroken, begin, noise, tmp_path):
+def test_a_killed_rank_is_started_again_and_the_run_ends_the_same(two, begin, noise, tmp_path):
     if children(os.getpid()) is None:
         pytest.skip("this system does not say which processes a process has started")
     out = tmp_path / "out"
-    process = begin(out, "fit", noise, "--out", out, *LONGER, "--processes", 2)
+    process = begin(out, "fit", noise, "--out", out, *ARGS, "--processes", 2)
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
     said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "a process was killed; attempt 2" in said[1] and "Traceback" not in said[1]
-    np.testing.assert_array_equal(numbers(out), numbers(unbroken))
+    np.testing.assert_array_equal(numbers(out), numbers(two[0]))
     assert not (out / "last.ckpt").exists()
 
 
-def test_sigterm_to_one_rank_stops_all_after_the_same_step_and_resume_ends_the_same(unbroken, begin, run, noise, tmp_path):
+@pytest.mark.long
+def test_sigterm_to_one_rank_stops_all_after_the_same_step_and_resume_ends_the_same(two, begin, run, noise, tmp_path):
     if children(os.getpid()) is None:
         pytest.skip("this system does not say which processes a process has started")
     out = tmp_path / "out"
-    process = begin(out, "fit", noise, "--out", out, *LONGER, "--processes", 2)
+    process = begin(out, "fit", noise, "--out", out, *ARGS, "--processes", 2)
     time.sleep(.5)
     os.kill(ranks_of(process.pid)[1], signal.SIGTERM)
     said = process.communicate(timeout=120)
     assert process.returncode == 143 and said[1].count("go on with: sft-course fit") == 1, said
-    done = run("fit", noise, "--out", out, *LONGER, "--processes", 2, "--resume")
+    done = run("fit", noise, "--out", out, *ARGS, "--processes", 2, "--resume")
     assert done.returncode == 0, done.stderr
-    np.testing.assert_array_equal(numbers(out), numbers(unbroken))
+    np.testing.assert_array_equal(numbers(out), numbers(two[0]))
+
+
+@pytest.mark.long
+def test_photographs_of_hands_end_at_the_same_accuracy_under_torchrun(run, tmp_path):
+    hands = Path(__file__).parents[3] / "shared" / "data" / "hands"
+    if not hands.is_dir():
+        pytest.skip("the photographs are not here")
+    words = ["fit", hands, "--image-size", 64, "--train", 2, "--epochs", 2, "--seed", 0]
+    for name, processes in {"one": None, "two": 2}.items():
+        done = run(*words, "--out", tmp_path / name, torchrun=processes)
+        assert done.returncode == 0, done.stderr
+    assert card(tmp_path / "one")["metrics"]["accuracy"] == card(tmp_path / "two")["metrics"]["accuracy"]

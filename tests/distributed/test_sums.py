@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sft_course.loop import batches, score
+from sft_course.scale import sharded_head
 from sft_course.tools.heads import fit_head
 from sft_course.tools.launch import in_processes
 from sft_course.tools.settings import SFTError
@@ -92,7 +93,9 @@ def test_all_processes_hold_the_same_weights_after_unfreezing_in_mid_run(found):
 def test_the_head_from_sums_is_that_of_one_process(found):
     draw = torch.Generator().manual_seed(2)
     x, y = torch.randn(61, 20, generator=draw), torch.randint(0, 4, (61,), generator=draw)
-    W, b = fit_head(x, y, 4)
+    W, b, _ = sharded_head(x, y, 61, 4)
+    p, q = ((x @ w.T + c).softmax(1) for w, c in ((W, b), fit_head(x, y, 4, weight_decay=.01)))
+    torch.testing.assert_close(p, q, atol=.01, rtol=0)
     for f in found:
         torch.testing.assert_close(f["head"][0], W, atol=1e-5, rtol=0)
         torch.testing.assert_close(f["head"][1], b, atol=1e-5, rtol=0)
