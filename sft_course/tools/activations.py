@@ -173,7 +173,8 @@ def activations(lower: nn.Module, backbone: Backbone, pixels: PixelCache,
     path = Path(cache_dir) / "activations" / f"{_key(lower, backbone, pixels, theta, size, rows, device)}.npy"
     if not everywhere(_is_whole(path, len(rows))):  # of several processes all compute, or none
         job = _Job(fold_for(lower, size).to(device), backbone, pixels, theta, size, rows, device, desc)
-        if budget_bytes is not None and not everywhere(views * job.bytes + pixels.pixels.nbytes <= budget_bytes):
+        fits = budget_bytes is None or views * job.bytes + pixels.pixels.nbytes <= budget_bytes
+        if not everywhere(fits):
             return _held(job, views)
         _compute(job, path)
         if budget_bytes is not None and not ranks().local:

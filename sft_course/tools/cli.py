@@ -344,8 +344,8 @@ def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None
     with _taking_part() as me:
         settings = load_settings(fit_image_size=image_size, seed=seed, backbone=backbone, device=device)
         _fit_images(folder, out, name, _own_gpu(settings), resume or me.restarts > 0, as_json,
-                    strict, val, test, weights, epochs=epochs, lr=lr, train=train, batch_size=batch_size, loss=loss,
-                    watch=watch, keep_checkpoint=keep_checkpoint or None)
+                    strict, val, test, weights, epochs=epochs, lr=lr, train=train, batch_size=batch_size,
+                    loss=loss, watch=watch, keep_checkpoint=keep_checkpoint or None)
 
 def _fit_images(folder: Path, out: Path | None, name: str | None, settings, resume: bool, as_json: bool,
                 strict: bool, val: Path | None, test: Path | None, weights: Path | None,

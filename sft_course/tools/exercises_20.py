@@ -44,7 +44,7 @@ EXERCISES["20.2"] = Exercise(
     tempting=(_mean_of_means,),
 )
 
-# %% ../../nbs/tools/exercises_20.ipynb #a3046276
+# %% ../../nbs/tools/exercises_20.ipynb #2bb555ba
 def _dealt(n: int, processes: int) -> list[np.ndarray]:
     "Rows 0 to n − 1 as a `DistributedSampler` deals them, the first ones again at the end."
     each = -(-n // processes)
@@ -67,21 +67,21 @@ EXERCISES["20.3"] = Exercise(
         "what was repeated stands at the end.",
     hint="Process 0 has rows 0, N, 2N … Put the parts side by side, not one after the other.",
     mistakes=((lambda f: np.array_equal(f(_dealt(5, 2), 5), _one_after_the_other(_dealt(5, 2), 5)),
-               "One after the other, the first n are all of process 0's rows and some of the others': rows are "
-               "missing, and a repeated one is counted."),
+               "One after the other, the first n are all of process 0's rows and some of the others': rows "
+               "are missing, and a repeated one is counted."),
               (lambda f: len(f(_dealt(5, 2), 5)) == 6, "The order is right. One row is there twice.")),
     tempting=(_one_after_the_other, _without_the_cut, _sorted),
 )
 
-# %% ../../nbs/tools/exercises_20.ipynb #a8d1e74c
+# %% ../../nbs/tools/exercises_20.ipynb #ab120d77
 def _share(mine, whole, processes): return mine / whole
 def _no_scale(mine, whole, processes): return 1.
 def _upside_down(mine, whole, processes): return whole / (processes * mine)
 
 EXERCISES["20.4"] = Exercise(
     right=lambda f: bool(np.isclose(f(4, 7, 2), 8 / 7) and np.isclose(f(2, 9, 3), 2 / 3)),
-    why="DDP divides by N; mine / whole is the weight of this share; so N · mine / whole. Where all shares are "
-        "equal that is 1, which is why nobody notices that it is missing.",
+    why="DDP divides by N; mine / whole is the weight of this share; so N · mine / whole. Where all shares "
+        "are equal that is 1, which is why nobody notices that it is missing.",
     hint="For equal shares the factor is 1. For a share with more images than the others it is larger.",
     mistakes=((lambda f: np.isclose(f(4, 7, 2), 4 / 7),
                "That is the right weight in a sum. DDP takes the mean: its 1/N has to be undone."),

@@ -90,7 +90,7 @@ def share(rows: Sequence) -> Sequence:
     me = ranks()
     return rows[me.rank::me.count]
 
-# %% ../../nbs/tools/processes.ipynb #215adf44
+# %% ../../nbs/tools/processes.ipynb #071a7eed
 def whole_batch(model, total, counted: int) -> tuple[Any, int]:
     """Make the gradient of a mean over this process's `counted` terms that of the mean over all terms of the
     batch, in all processes alike.
@@ -109,7 +109,7 @@ def whole_batch(model, total, counted: int) -> tuple[Any, int]:
     parts = (message[:-2] / n).split([p.numel() for p in learns])
     for p, g in zip(learns, parts):
         if p.grad is None: p.grad = torch.empty_like(p)
-        p.grad.copy_(g.view_as(p))  # in the parameter's own order of memory, which a fused optimizer relies on
+        p.grad.copy_(g.view_as(p))  # in the parameter's own order of memory: a fused optimizer relies on it
     return message[-2], n
 
 # %% ../../nbs/tools/processes.ipynb #ca5e8593
