@@ -30,7 +30,7 @@ def ring_bytes(numbers: int, processes: int, each: int = 4) -> float:
     "Bytes that each process sends in a ring all-reduce of so many numbers of `each` bytes."
     return 2 * (processes - 1) / processes * numbers * each
 
-# %% ../nbs/20_scale.ipynb #c6b8083d
+# %% ../nbs/20_scale.ipynb #90c534c6
 def _add_up(*tensors: torch.Tensor) -> None:
     "Replace each by its sum over all processes, in one message; alone, leave it."
     import torch.distributed as dist
@@ -40,14 +40,14 @@ def _add_up(*tensors: torch.Tensor) -> None:
     for t, part in zip(tensors, message.split([t.numel() for t in tensors])): t.copy_(part.view_as(t))
 
 def sharded_head(features: torch.Tensor, labels: torch.Tensor, items: int, classes: int,
-                 weight_decay: float = 1e-2, max_iter: int = 1000) -> tuple[torch.Tensor, torch.Tensor, int]:
+                 weight_decay: float = 1e-2, max_iter: int = 400) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The (W, b) that `fit_head` looks for, where each process holds features (m, d) and labels (m,) of its
     own images, `items` in all; and how many sums were sent. Computed in 64 bits."""
     x = features.double()
     W = x.new_zeros(classes, x.shape[1]).requires_grad_()
     b = x.new_zeros(classes).requires_grad_()
-    solver = torch.optim.LBFGS([W, b], max_iter=max_iter, history_size=20, tolerance_grad=1e-8,
-                               tolerance_change=1e-15, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([W, b], max_iter=max_iter, history_size=20, tolerance_grad=1e-7,
+                               tolerance_change=1e-12, line_search_fn="strong_wolfe")
     sent = []
 
     def closure():
