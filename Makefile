@@ -115,7 +115,7 @@ bench: $(BENCH_READY) ## ours against its peers, about two hours on two quiet co
 	$(BENCH)/python tests/benchmarks/bench.py run $(ARGS)
 	$(BENCH)/python tests/benchmarks/bench.py table --write
 
-bench-quick: $(BENCH_READY) ## does every peer run at all: a few pictures, one epoch
+bench-quick: $(BENCH_READY) ## does every peer run at all: a few images, one epoch
 	$(BENCH)/python tests/benchmarks/bench.py run --quick
 	$(BENCH)/python tests/benchmarks/bench.py table --results out/bench/quick.jsonl
 

@@ -33,23 +33,23 @@ def confusion(e: Evaluation) -> np.ndarray:
 
 # %% ../nbs/08_evaluation.ipynb #1a9abd67
 def confused_pairs(e: Evaluation, most: int = 10):
-    """DataFrame of the `most` frequent confusions: `truth`, `taken for`, `pictures`, and their `share` of
+    """DataFrame of the `most` frequent confusions: `truth`, `taken for`, `images`, and their `share` of
     the images of that truth."""
     table = confusion(e)
     wrong = table * (1 - np.eye(len(table), dtype=int))
     order = [i for i in np.argsort(-wrong, axis=None, kind="stable")[:most] if wrong.flat[i]]
     rows = [(e.classes[i], e.classes[j], wrong[i, j], wrong[i, j] / table[i].sum())
             for i, j in (divmod(int(o), len(table)) for o in order)]
-    return plain_frame(rows, ["truth", "taken for", "pictures", "share"])
+    return plain_frame(rows, ["truth", "taken for", "images", "share"])
 
 # %% ../nbs/08_evaluation.ipynb #c2d001f8
 def per_class(e: Evaluation):
-    """DataFrame, a row a class: `pictures` of it, `recall` (share of them found), `predicted` (images
+    """DataFrame, a row a class: `images` of it, `recall` (share of them found), `predicted` (images
     taken for it), `precision` (share of those that are it), each with the ends of its 95 % interval;
     NaN for a share of nothing."""
     import pandas as pd
     table, out = confusion(e), {}
-    for count, share, n in (("pictures", "recall", table.sum(1)), ("predicted", "precision", table.sum(0))):
+    for count, share, n in (("images", "recall", table.sum(1)), ("predicted", "precision", table.sum(0))):
         low, high = wilson(table.diagonal(), n)
         with np.errstate(invalid="ignore"):
             out |= {count: n, share: table.diagonal() / n, f"{share} low": low, f"{share} high": high}
@@ -63,7 +63,7 @@ def mistakes(e: Evaluation, k: int = 12) -> np.ndarray:
 
 # %% ../nbs/08_evaluation.ipynb #42a5fbea
 def reliability(e: Evaluation, bins: int = 10):
-    """DataFrame, a row for each of `bins` equal intervals of confidence: its `pictures`, their mean
+    """DataFrame, a row for each of `bins` equal intervals of confidence: its `images`, their mean
     `confidence`, their `accuracy`, and the ends of its 95 % interval; NaN where a bin is empty. Source:
     DeGroot and Fienberg 1983."""
     import pandas as pd
@@ -71,7 +71,7 @@ def reliability(e: Evaluation, bins: int = 10):
     n, sure, right = (np.bincount(at, w, bins) for w in (None, e.confidence, e.right))
     low, high = wilson(right, n)
     with np.errstate(invalid="ignore"):
-        found = {"pictures": n, "confidence": sure / n, "accuracy": right / n, "low": low, "high": high}
+        found = {"images": n, "confidence": sure / n, "accuracy": right / n, "low": low, "high": high}
     return pd.DataFrame(found, index=pd.Index(np.arange(bins) / bins, name="from"))
 
 # %% ../nbs/08_evaluation.ipynb #2e782d8d
@@ -79,7 +79,7 @@ def ece(e: Evaluation, bins: int = 10) -> float:
     """Expected calibration error: |accuracy − confidence| of the bins of `reliability`, averaged over
     images. Source: Naeini et al. 2015."""
     r = reliability(e, bins)
-    return float((r.pictures * (r.accuracy - r.confidence).abs()).sum() / max(len(e), 1))
+    return float((r.images * (r.accuracy - r.confidence).abs()).sum() / max(len(e), 1))
 
 # %% ../nbs/08_evaluation.ipynb #21e2365a
 def ece_by_luck(e: Evaluation, bins: int = 10, draws: int = 200, seed: int = 0) -> np.ndarray:

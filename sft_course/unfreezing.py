@@ -123,10 +123,10 @@ def feature_drift(before: torch.Tensor, after: torch.Tensor) -> float:
     """
     if before.shape != after.shape:
         raise SFTError(f"feature_drift: {tuple(before.shape)} against {tuple(after.shape)}; give the same "
-                       f"pictures twice.")
+                       f"images twice.")
     moved, spread = (after - before).square().sum(1).mean(), (before - before.mean(0)).square().sum(1).mean()
     if not spread > 0:
-        raise SFTError("feature_drift: all pictures have the same features; give pictures that differ.")
+        raise SFTError("feature_drift: all images have the same features; give images that differ.")
     return (moved / spread).sqrt().item()
 
 # %% ../nbs/06_unfreezing.ipynb #8eb74b30

@@ -40,7 +40,7 @@ def test_folder_is_an_image_folder_with_its_truth(tmp_path):
     assert len(pictures) == 6 * 5
     rows = list(csv.DictReader((root / "truth.csv").open()))
     assert sorted(r["path"] for r in rows) == pictures
-    assert len({r["seed"] for r in rows}) == len(rows)  # no picture of test is one of train
+    assert len({r["seed"] for r in rows}) == len(rows)  # no image of test is one of train
     with Image.open(root / pictures[0]) as im:
         assert im.size == (64, 64)
 

@@ -29,7 +29,7 @@ def test_no_such_folder(cli, tmp_path):
 
 def test_an_empty_folder(cli, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "empty: no pictures" in sentence(cli("fit", "empty", cwd=tmp_path))
+    assert "empty: no images" in sentence(cli("fit", "empty", cwd=tmp_path))
 
 
 def test_a_file_instead_of_a_folder(cli, tmp_path):
@@ -45,28 +45,28 @@ def test_one_class(cli, tmp_path):
 def test_a_class_with_a_single_picture(cli, tmp_path, stripes):
     for path in sorted((stripes / "waves").glob("*"))[1:]:
         path.unlink()
-    assert "class 'waves' holds a single picture" in sentence(cli("fit", "stripes", cwd=tmp_path))
+    assert "class 'waves' holds a single image" in sentence(cli("fit", "stripes", cwd=tmp_path))
 
 
 def test_a_folder_without_pictures(cli, tmp_path):
     for c in "ab":
         (tmp_path / "texts" / c).mkdir(parents=True)
-        (tmp_path / "texts" / c / "notes.txt").write_text("no picture")
-    assert "texts: no pictures" in sentence(cli("fit", "texts", cwd=tmp_path))
+        (tmp_path / "texts" / c / "notes.txt").write_text("no image")
+    assert "texts: no images" in sentence(cli("fit", "texts", cwd=tmp_path))
 
 
 def test_only_text_files_named_jpg(cli, tmp_path):
     for c in "ab":
         (tmp_path / "lies" / c).mkdir(parents=True)
         for i in range(3):
-            (tmp_path / "lies" / c / f"{i}.jpg").write_text("no picture")
+            (tmp_path / "lies" / c / f"{i}.jpg").write_text("no image")
     assert "none of the images can be read (6 .jpg): a/" in sentence(cli("fit", "lies", cwd=tmp_path))
 
 
 def test_a_split_with_an_unknown_class(cli, tmp_path):
     draw(tmp_path / "d" / "train")
     draw(tmp_path / "d" / "val", classes=("stripes", "spots"))
-    assert "is of class 'spots', which has no pictures to train on" in sentence(cli("fit", "d", "--strict", cwd=tmp_path))
+    assert "is of class 'spots', which has no images to train on" in sentence(cli("fit", "d", "--strict", cwd=tmp_path))
 
 
 def test_a_backbone_that_nobody_knows(cli, tmp_path, stripes):
@@ -129,12 +129,12 @@ def test_completion_installs_itself(cli, tmp_path, shell, file):
 
 @pytest.fixture(scope="module")
 def fitted(cli, tmp_path_factory):
-    "A fit on a folder with two unreadable pictures and a text file, and where it lies."
+    "A fit on a folder with two unreadable images and a text file, and where it lies."
     place = tmp_path_factory.mktemp("fit")
     data = draw(place / "data", n=20)
     (data / "stripes" / "broken.jpg").write_bytes((data / "stripes" / "00.jpg").read_bytes()[:400])
-    (data / "waves" / "text.jpg").write_text("no picture")
-    (data / "waves" / "notes.txt").write_text("no picture")
+    (data / "waves" / "text.jpg").write_text("no image")
+    (data / "waves" / "notes.txt").write_text("no image")
     (data / "waves" / ".ipynb_checkpoints").mkdir()
     shutil.copy(data / "waves" / "00.jpg", data / "waves" / ".ipynb_checkpoints" / "00.jpg")
     return place, cli("fit", "data", *EASY, "--json", cwd=place)
@@ -145,7 +145,7 @@ def test_fit_names_what_it_leaves_out_and_goes_on(fitted):
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert {(p["path"], p["kind"]) for p in told["problems"]} == {
-        ("stripes/broken.jpg", "unreadable"), ("waves/text.jpg", "unreadable"), ("waves/notes.txt", "not a picture")}
+        ("stripes/broken.jpg", "unreadable"), ("waves/text.jpg", "unreadable"), ("waves/notes.txt", "not an image")}
     assert told["n_train"] + told["n_test"] == 40 and told["classes"] == ["stripes", "waves"]
     assert set(told) >= {"accuracy", "head_accuracy", "n_train", "n_test", "classes", "problems", "seconds", "phases", "artifact"}
     assert told["accuracy"] >= .75
@@ -200,18 +200,18 @@ def test_evaluate_matches_classes_by_name(fitted, cli, tmp_path):
     place, _ = fitted
     other = draw(tmp_path / "other", ("stripes", "waves"), n=5, seed=7)
     shutil.rmtree(other / "stripes")  # now waves is class 0 of the folder, and class 1 of the network
-    (other / "waves" / "broken.jpg").write_text("no picture")
+    (other / "waves" / "broken.jpg").write_text("no image")
     done = cli("evaluate", "data-model", other, "--json", cwd=place)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["n"] == 5 and told["accuracy"] >= .8 and told["classes"] == ["stripes", "waves"] and told["split"] == "all"
     assert told["interval"][0] < told["accuracy"] <= told["interval"][1] == 1 or told["accuracy"] < 1
     stripes, waves = told["per_class"]
-    assert (stripes["pictures"], stripes["recall"], waves["pictures"]) == (0, None, 5) and waves["recall"] == told["accuracy"]
+    assert (stripes["images"], stripes["recall"], waves["images"]) == (0, None, 5) and waves["recall"] == told["accuracy"]
     assert "note: waves/broken.jpg" in done.stderr and "no image of 'stripes'" in done.stderr
     assert told["report"] == "data-model/report-other.html"
     page = (place / "data-model" / "report-other.html").read_text()
-    assert page.startswith("<!doctype html>") and "of 5 test pictures" in page and "broken.jpg" in page
+    assert page.startswith("<!doctype html>") and "of 5 test images" in page and "broken.jpg" in page
 
 
 def test_evaluate_uses_the_split_that_is_there_and_says_when_it_was_learned_from(fitted, cli, tmp_path):
@@ -276,7 +276,7 @@ def test_notebooks_are_copied_and_what_was_changed_is_never_lost(cli, tmp_path):
 
 @pytest.fixture(scope="module")
 def hard(tmp_path_factory):
-    "Pictures that hold no class at all, so that the head cannot be perfect and there is something to tune."
+    "Images that hold no class at all, so that the head cannot be perfect and there is something to tune."
     import numpy as np
     from PIL import Image
     place, rng = tmp_path_factory.mktemp("hard"), np.random.default_rng(0)
@@ -334,6 +334,14 @@ def test_stopped_before_training_it_is_a_sentence_and_nothing_is_half_written(ha
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"]
 
 
+def test_a_signal_waits_until_a_module_is_loaded(tmp_path):
+    (tmp_path / "slow.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(.3)\nwhole = True\n")
+    code = ("import signal, time; from sft_course.tools import cli; signal.signal(signal.SIGTERM, cli._end)\n"
+            "try:\n    import slow\n    time.sleep(20)\nexcept cli._Ended as e: print(slow.whole, e.signal)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["True", "15"], done.stderr
+
+
 def test_resume_without_a_run_to_go_on_with_starts_one(cli, stripes, tmp_path):
     done = cli("fit", "stripes", *EASY, "--resume", cwd=tmp_path)
     assert done.returncode == 0 and "holds no run to go on with" in done.stderr
@@ -342,7 +350,7 @@ def test_resume_without_a_run_to_go_on_with_starts_one(cli, stripes, tmp_path):
 
 def test_of_many_notes_a_fit_prints_some_and_counts_the_rest(cli, stripes, tmp_path):
     for i in range(30):
-        (stripes / "waves" / f"{i}.txt").write_text("no picture")
+        (stripes / "waves" / f"{i}.txt").write_text("no image")
     done = cli("fit", "stripes", *EASY, "--json", cwd=tmp_path)
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
     assert len(notes) == 11 and notes[-1] == "note: … and 20 more; stripes-model/card.json has them all"

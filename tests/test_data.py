@@ -105,7 +105,7 @@ def test_unreadable_pictures_keep_their_neighbours_in_place(stripes, cache):
 def test_a_class_that_cannot_be_read_at_all(stripes, cache):
     for path in (stripes / "waves").glob("*"):
         path.write_text("x")
-    with pytest.raises(SFTError, match="class 'waves' holds no picture to train on .12 could not be read"):
+    with pytest.raises(SFTError, match="class 'waves' holds no image to train on .12 could not be read"):
         decode_once(scan(stripes), 64, cache)
 
 
@@ -144,7 +144,7 @@ def test_the_gif_among_the_photographs_is_named_and_kept(photos):
 
 
 def table(root, lines, name="pictures.csv"):
-    "A CSV of the given lines beside the pictures."
+    "A CSV of the given lines beside the images."
     (root / name).write_text("\n".join(lines) + "\n")
     return root / name
 
@@ -185,7 +185,7 @@ def test_a_path_that_leads_out_of_the_csvs_folder_is_refused(stripes, path):
     (lambda x: [x[0], "waves/00.jpg,"], "line 2: path or label is empty"),
     (lambda x: [*x, x[1].replace(",stripes", ",waves")], "keep one line of the two"),
     (lambda x: [x[0] + ",part", *[y + ",train" for y in x[1:]], "waves/00.jpg,waves,later"], "part 'later' is unknown"),
-    (lambda x: [x[0], "a.jpg,a", "b.jpg,b"], "none of its 2 paths is a picture"),
+    (lambda x: [x[0], "a.jpg,a", "b.jpg,b"], "none of its 2 paths is an image"),
     (lambda x: [x[0], *x[1:13]], "only one class"),
 ])
 def test_a_csv_that_is_wrong_says_where(stripes, change, sentence):
@@ -202,7 +202,7 @@ def test_a_csv_in_another_encoding(stripes):
 def test_what_a_csv_names_and_is_not_there_or_no_picture_is_named(stripes, cache):
     file = table(stripes, [*listed(stripes), "waves/gone.jpg,waves", "waves/notes.txt,waves"])
     named = [(p.path, p.kind) for p in scan(file).problems]
-    assert named == [("waves/gone.jpg", "missing"), ("waves/notes.txt", "not a picture")]
+    assert named == [("waves/gone.jpg", "missing"), ("waves/notes.txt", "not an image")]
     for p in (stripes / "waves").glob("*.jpg"):
         p.write_text("x")
     with pytest.raises(SFTError, match="12 could not be read, the first is waves/00.jpg"):
@@ -210,7 +210,7 @@ def test_what_a_csv_names_and_is_not_there_or_no_picture_is_named(stripes, cache
 
 
 def textured(folder, n, size=120, seed=0):
-    "Pictures that all differ: smooth random blobs."
+    "Images that all differ: smooth random blobs."
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
@@ -299,8 +299,8 @@ def test_the_report_names_everything_and_is_short_where_there_is_much(blobs, cac
         (blobs / "train" / "a" / f"note{i}.txt").write_text("x")
     c = scan(blobs)
     lines = describe(c, c.problems, most=5)
-    assert lines[0].startswith("32 pictures of 2 classes")
-    assert "not a picture: 30" in lines and lines[-1] == "  … and 25 more"
+    assert lines[0].startswith("32 images of 2 classes")
+    assert "not an image: 30" in lines and lines[-1] == "  … and 25 more"
     assert describe(c)[-1] == "nothing was found wrong"
 
 

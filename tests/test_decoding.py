@@ -368,7 +368,7 @@ def test_three_thousand_aligned_look_alikes(kind):
     assert process_time() - start < 20
     assert len(found) < 50 and len(json.dumps([vars(p) for p in found])) < 50_000
     crowd, = (p for p in found if p.kind == "look-alikes")
-    assert "is one of 3000 pictures that look much alike (1000 train, 1000 val, 1000 test)" in crowd.message
+    assert "is one of 3000 images that look much alike (1000 train, 1000 val, 1000 test)" in crowd.message
     pairs = {(p.other, p.path) for p in found if p.kind in ("leak", "two labels", "near duplicate")}
     assert {(f"{k}.png", f"{n - 100 + 10 * k}.png") for k in range(10)} == pairs
 
@@ -413,7 +413,7 @@ def test_panoramas_are_named_once(case, tmp_path):
     root = case("panorama")
     found = find_problems(decode_once(scan(root), 72, tmp_path))
     long = [p for p in found if p.kind == "elongated"]
-    assert len(long) == 1 and "so it is with 16 of the 16 pictures" in long[0].message and "central square" in long[0].message
+    assert len(long) == 1 and "so it is with 16 of the 16 images" in long[0].message and "central square" in long[0].message
 
 
 def test_where_all_are_small_none_is_smaller_than_the_others(case, tmp_path):

@@ -110,8 +110,8 @@ def test_confusion_precision_and_recall_agree_with_sklearn(seed, n, k):
     table = per_class(e)
     theirs = precision_recall_fscore_support(e.labels, e.predictions, labels=range(k), zero_division=np.nan)
     assert np.allclose(table.precision, theirs[0], equal_nan=True) and np.allclose(table.recall, theirs[1], equal_nan=True)
-    assert (table.pictures == theirs[3]).all() and (table["recall low"] <= table["recall high"]).all()
-    assert confused_pairs(e, 100).pictures.sum() == (~e.right).sum()
+    assert (table.images == theirs[3]).all() and (table["recall low"] <= table["recall high"]).all()
+    assert confused_pairs(e, 100).images.sum() == (~e.right).sum()
 
 
 def test_mistakes_come_in_the_order_of_confidence():
@@ -136,7 +136,7 @@ def test_ece_agrees_with_torchmetrics(seed, n, k, bins):
 def test_a_confidence_of_one_belongs_to_the_last_bin():
     e = Evaluation(("a", "b"), ["x", "y"], [0, 1], [[99, 0], [99, 0]])
     r = reliability(e)
-    assert r.pictures.tolist() == [0] * 9 + [2] and ece(e) == pytest.approx(0.5)
+    assert r.images.tolist() == [0] * 9 + [2] and ece(e) == pytest.approx(0.5)
     assert ece(Evaluation(("a", "b"), [], [], np.zeros((0, 2)))) == 0
 
 

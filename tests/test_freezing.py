@@ -53,7 +53,7 @@ def close(a, b, tolerance=1e-4):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
-    "A network with random weights, its lower part below the head, pictures, and their features and logits."
+    "A network with random weights, its lower part below the head, images, and their features and logits."
     b = new_head(open_backbone(request.param, None), 5)
     lively(b.model)
     lower, _ = split_at(b, len(b.stages) - 1)
@@ -301,7 +301,7 @@ def test_values_beyond_16_bits_are_kept_in_32(kept):
 
 def test_values_that_are_not_finite_name_the_picture(kept):
     store, _, pixels, cache = kept
-    with pytest.raises(SFTError, match=f"{pixels.catalog.files[3]}: resnet18 makes values of this picture that are not finite"):
+    with pytest.raises(SFTError, match=f"{pixels.catalog.files[3]}: resnet18 makes values of this image that are not finite"):
         store(Scaled(float("nan")), rows=np.arange(3, 9))
     assert files(cache) == []
 

@@ -201,7 +201,7 @@ def test_files_without_extension_are_known_by_their_content(tmp_path):
         f.rename(f.with_name({"0": "IMG", "1": "scan.0001"}.get(f.stem, f.stem)))
     (tmp_path / "a" / "README").write_text("what this is")
     c = scan(tmp_path)
-    assert len(c) == 8 and [(p.path, p.kind) for p in c.problems] == [("a/README", "not a picture")]
+    assert len(c) == 8 and [(p.path, p.kind) for p in c.problems] == [("a/README", "not an image")]
     assert len(decode_once(c, 48, tmp_path / "cache").pixels) == 8
 
 
@@ -267,7 +267,7 @@ def test_where_nothing_was_found_the_error_says_what_was_found_instead(tmp_path)
     for name in ("a/1.txt", "a/2.txt", "b/3.pdf", "b/4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    error = refused(tmp_path, "2 .txt", "1 .pdf", "1 without extension", "a/1.txt is not a picture by its name")
+    error = refused(tmp_path, "2 .txt", "1 .pdf", "1 without extension", "a/1.txt is not an image by its name")
     assert len(error.problems) == 6
     lay(tmp_path / "flat", ".")
     assert "found: 4 .jpg; 0.jpg lies in no class folder" in str(refused(tmp_path / "flat"))
@@ -310,7 +310,7 @@ def test_a_class_of_two_images_is_trained_on_and_said_to_be_untested(tmp_path):
     found = decode_once(c, 48, tmp_path / "cache")
     assert [p.kind for p in find_problems(found)] == [] or "untested" not in Counter(p.kind for p in find_problems(found))
     (tmp_path / "c" / "1.jpg").unlink()
-    refused(tmp_path, "class 'c' holds a single picture")
+    refused(tmp_path, "class 'c' holds a single image")
 
 
 def test_where_every_class_has_two_images_nothing_is_left_to_test_with(tmp_path):
@@ -432,7 +432,7 @@ READ = {"training_testing": (("glioma", "notumor"), (20, 4, 10)), "train_Testing
         "val_extra": (("a", "b"), (12, 4, 8)), "val_lacks": (("0", "180", "270", "90"), (24, 8, 12)),
         "test_unknown": (("a", "b"), (12, 4, 4)), "test_unlabelled": (("a", "b"), (12, 4, 4))}
 SAID = {"runs_dir": {"passed over": 1}, "noext": {"untested": 2}, "heic": {"untested": 2}, "nfd": {"untrained class": 4},
-        "tiny_imagenet": {"not a picture": 1, "nested": 1, "no class": 6}, "val_extra": {"untrained class": 4},
+        "tiny_imagenet": {"not an image": 1, "nested": 1, "no class": 6}, "val_extra": {"untrained class": 4},
         "test_unknown": {"untrained class": 5}, "test_unlabelled": {"no class": 5}}
 
 
@@ -444,7 +444,7 @@ def test_small_inputs_are_read(name):
 
 @pytest.mark.parametrize("name, words", [
     ("dogs_vs_cats_flat", "look like splits, not classes"), ("val_only_no_train", "no train split here (16 val, 16 test)"),
-    ("one_pic", "class 'c' holds a single picture"), ("csv_inside_dir", "if labels.csv, which lies there, holds the labels, give that file")])
+    ("one_pic", "class 'c' holds a single image"), ("csv_inside_dir", "if labels.csv, which lies there, holds the labels, give that file")])
 def test_small_inputs_are_refused_with_a_sentence(name, words):
     refused(case(name), words)
 

@@ -49,7 +49,7 @@ def test_score_agrees_with_torchmetrics_and_float64(seed, n, classes, scale):
 @quick
 @given(st.integers(0, 2**31), st.integers(2, 70), st.integers(1, 40))
 def test_score_of_ragged_batches_is_that_of_all(seed, n, size):
-    "Whatever the batches, the logits come back in order, and the score is that of all pictures at once."
+    "Whatever the batches, the logits come back in order, and the score is that of all images at once."
     x, labels = drawn(seed, n, 5)
     logits = predict_logits(nn.Identity(), x.__getitem__, n, size)
     assert torch.equal(logits, x) and score(logits, labels) == score(x, labels)

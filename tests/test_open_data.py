@@ -67,7 +67,7 @@ def test_a_table_of_pandas_with_files_anywhere(folder, tmp_path, store, monkeypa
     (lambda f: f.assign(label=[None] + ["a"] * (len(f) - 1)), "DataFrame, row 0: path or label is empty"),
     (lambda f: f.assign(label="a|b"), "looks like several labels"), (lambda f: f.iloc[:0], "DataFrame: holds no row"),
     (lambda f: f.assign(split="later"), "split 'later' is unknown"), (lambda f: f.assign(path="gone.jpg"), "gone.jpg stands there as"),
-    (lambda f: f.assign(path=[f"gone{k}.jpg" for k in range(len(f))]), "none of its 20 paths is a picture: ")])
+    (lambda f: f.assign(path=[f"gone{k}.jpg" for k in range(len(f))]), "none of its 20 paths is an image: ")])
 def test_a_table_that_is_wrong_says_where(folder, change, words):
     c = scan(folder)
     frame = pd.DataFrame({"path": [str(folder / f) for f in c.files], "label": [c.classes[y] for y in c.labels]})

@@ -34,7 +34,7 @@ def picture(path, seed):
 
 
 def flowers(place, monkeypatch):
-    "Twelve pictures of three classes, the labels and splits in MATLAB's format as in the original."
+    "Twelve images of three classes, the labels and splits in MATLAB's format as in the original."
     from scipy.io import savemat
     base = place / "flowers-102"
     for i in range(1, 13):
@@ -49,7 +49,7 @@ def flowers(place, monkeypatch):
 
 
 def pets(place, monkeypatch=None):
-    "Ten pictures of two breeds, one of them with an underscore in its name, and the two lists of the original."
+    "Ten images of two breeds, one of them with an underscore in its name, and the two lists of the original."
     base = place / "oxford-iiit-pet"
     lines = {"trainval": [], "test": []}
     for number, (breed, kind) in enumerate((("Abyssinian", 1), ("american_bulldog", 2)), 1):
@@ -103,7 +103,7 @@ def test_offline_it_is_one_sentence_and_nothing_is_left(settings, tmp_path, name
         open_dataset(settings(name))
     said = str(e.value)
     assert said.startswith(f"argument dataset = {name}: it is not in ") and "no network in this test" in said and "\n" not in said
-    assert said.endswith("use blooms, flowers102, oxford_pets, or the path of a folder of labelled pictures.")
+    assert said.endswith("use blooms, flowers102, oxford_pets, or the path of a folder of labelled images.")
     assert not [p for p in (tmp_path / "public" / name).iterdir()]
 
 

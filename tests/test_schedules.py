@@ -363,7 +363,7 @@ def test_the_finders_errors_are_sentences():
     for call, say in (
         (lambda: rate_curve(net, pair, None, opt, low=1.0, high=0.1), "0 < low < high"),
         (lambda: rate_curve(net, pair, None, opt, steps=3), "10 steps or more"),
-        (lambda: rate_curve(net, (x.__getitem__, y[:0]), None, opt), "there are no pictures"),
+        (lambda: rate_curve(net, (x.__getitem__, y[:0]), None, opt), "there are no images"),
         (lambda: find_rate(net, pair, None, opt, rule="valley"), "use one of steepest, lowest"),
         (lambda: rate_curve(net, pair, None, torch.optim.SGD(net.parameters(), lr=0.0)), "every rate of the optimiser is 0"),
     ):

@@ -65,11 +65,11 @@ def test_a_wrong_environment_variable_is_named(monkeypatch):
 
 
 def test_a_dataset_folder_is_relative_to_the_file_that_names_it(course):
-    path = course("dataset = pictures")
-    with pytest.raises(SFTError, match=r"settings.ini: \[course\] dataset = .*pictures: there is no such folder"):
+    path = course("dataset = images")
+    with pytest.raises(SFTError, match=r"settings.ini: \[course\] dataset = .*images: there is no such folder"):
         open_dataset(load_settings())
-    (path.parent / "pictures").mkdir()
-    assert open_dataset(load_settings()) == path.parent / "pictures"
+    (path.parent / "images").mkdir()
+    assert open_dataset(load_settings()) == path.parent / "images"
 
 
 def test_the_committed_file_documents_every_setting():

@@ -123,8 +123,8 @@ def a_result(classes=3):
 
 def test_a_format_that_is_not_known_and_no_images(tmp_path):
     from sft_course.tools.exporting import export
-    with pytest.raises(SFTError, match="'keras'.*onnx, torch, timm, transformers"):
-        export(a_result(), "keras", tmp_path, squares(side=74))
+    with pytest.raises(SFTError, match="'coreml'.*onnx, torch, timm, transformers, keras"):
+        export(a_result(), "coreml", tmp_path, squares(side=74))
     with pytest.raises(SFTError, match="no images"):
         export(a_result(), "onnx", tmp_path, squares(0))
 

@@ -127,7 +127,7 @@ def test_files_without_extension_are_read(images, tmp_path):
     (images / "a" / "note").write_text("x")
     (images / "set.csv").write_text("path,label\n" + "".join(f"{c}/{k:02},{c}\n" for c in "ab" for k in range(10)) + "a/note,a\n")
     c = scan(images / "set.csv")
-    assert len(c) == 20 and [p.kind for p in c.problems] == ["not a picture"]
+    assert len(c) == 20 and [p.kind for p in c.problems] == ["not an image"]
     assert len(decode_once(c, 32, tmp_path / "cache").pixels) == 20
 
 
@@ -145,7 +145,7 @@ def test_a_csv_inside_a_folder_is_seen(images):
 
 def test_an_error_names_every_fault_of_a_missing_folder(tmp_path):
     (tmp_path / "set.csv").write_text("path,label\na/1.jpg,a\nb/2.txt,b\n")
-    refused(tmp_path / "set.csv", "none of its 2 paths is a picture", "a/1.jpg is in the CSV and not on the disk", "b/2.txt is not a picture")
+    refused(tmp_path / "set.csv", "none of its 2 paths is an image", "a/1.jpg is in the CSV and not on the disk", "b/2.txt is not an image")
 
 
 GOOD = {"plain": (18, 6, 6), "bom": (18, 6, 6), "backslash": (18, 6, 6), "crlf_trailing": (18, 6, 6), "dup_rows": (18, 6, 6), "dup_spelling": (18, 6, 6),

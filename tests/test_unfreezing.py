@@ -20,7 +20,7 @@ NORMS = nn.modules.batchnorm._BatchNorm
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def backbone(request):
-    "A network with random weights that looks at the smallest pictures it takes."
+    "A network with random weights that looks at the smallest images it takes."
     name = request.param
     size = 224 if name.startswith(("vit", "swin")) else 64
     return new_head(open_backbone(name, weights=None), 3, std=.5), size
@@ -120,7 +120,7 @@ def steps_taken(stage, how):
 
 @pytest.mark.parametrize("top", [1, 2, 4])
 def test_training_on_kept_activations_is_training(top):
-    "To what noise of the size of rounding to 16 bits does to the steps; mirrored pictures do ten times as much and more."
+    "To what noise of the size of rounding to 16 bits does to the steps; mirrored images do ten times as much and more."
     stage = len(open_backbone("lite0", None).stages) - top
     whole = steps_taken(stage, "computed")
     apart = {how: ((steps_taken(stage, how) - whole).norm() / whole.norm()).item() for how in ("half", "jittered", "mirrored")}
@@ -133,9 +133,9 @@ def test_drift():
     assert feature_drift(h, h) == 0
     assert abs(feature_drift(h, h.mean(0).expand_as(h)) - 1) < 1e-5
     assert abs(feature_drift(h, h * 1.1) - feature_drift(5 * h @ turn, 5.5 * h @ turn)) < 1e-5
-    with pytest.raises(SFTError, match="same pictures twice"):
+    with pytest.raises(SFTError, match="same images twice"):
         feature_drift(h, h[:3])
-    with pytest.raises(SFTError, match="all pictures have the same features"):
+    with pytest.raises(SFTError, match="all images have the same features"):
         feature_drift(torch.ones(4, 2), torch.zeros(4, 2))
 
 

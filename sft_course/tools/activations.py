@@ -257,8 +257,8 @@ def _block(self: _Job, number: int, kind: type) -> np.ndarray:
     finite = x.isfinite().flatten(1).all(1)
     if not finite.all():
         file = self.pixels.catalog.files[some[int((~finite).nonzero()[0])]]
-        raise SFTError(f"{file}: {self.backbone.name} makes values of this picture that are not finite; look "
-                       f"at the picture, and at the weights.")
+        raise SFTError(f"{file}: {self.backbone.name} makes values of this image that are not finite; look "
+                       f"at the image, and at the weights.")
     if kind == np.float16 and x.numel() and x.abs().max() > 65504: raise _TooLarge
     return x.cpu().numpy().astype(kind)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from .settings import expanded, SFTError
 from .files import whole_file
 from .torch_state import own_torch_state
@@ -60,11 +61,21 @@ def require_free(out: str | Path) -> None:
         raise SFTError(f"{there[0]}: this is there already and would be replaced; "
                        f"give another folder, such as {free_name(out)}.")
 
+# %% ../../nbs/tools/artifact.ipynb #ad0plain
+def _plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The network's `state_dict`; a weight that is computed from others, as with LoRA, is there as what comes
+    out, by its own name."""
+    state = {k: v for k, v in model.state_dict().items() if ".parametrizations." not in k}
+    for name, m in model.named_modules():
+        for leaf in m.parametrizations if is_parametrized(m) else ():
+            state[f"{name}.{leaf}"] = getattr(m, leaf).detach()
+    return state
+
 # %% ../../nbs/tools/artifact.ipynb #a4e7c902
 def _known_as(model: nn.Module, card: dict) -> dict[str, str]:
     """{name of a weight in the network: its name in an artifact}; a head on every stage is `every_stage`
     there."""
-    names = list(model.state_dict())
+    names = list(_plain_state(model))
     if card["head"] == "last":
         return dict(zip(names, names))
     outside = {"features.model.": "", "linear.": "every_stage."}
@@ -83,7 +94,7 @@ def state_dict(self: Result) -> dict[str, torch.Tensor]:
     """
     model = self.backbone.model
     names = _known_as(model, self.card)
-    return {names[k]: v for k, v in model.state_dict().items()}
+    return {names[k]: v for k, v in _plain_state(model).items()}
 
 # %% ../../nbs/tools/artifact.ipynb #041aad9c
 @patch

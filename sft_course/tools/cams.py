@@ -45,7 +45,7 @@ def _evaluating(model: nn.Module, hooks: dict[str, Any]):
 # %% ../../nbs/tools/cams.ipynb #a77a52d1
 def spatial_layer(model: nn.Module, x: torch.Tensor, label: int) -> str:
     """Name of the last module whose output still has places that the logit of `label` depends on; x: one
-    picture (1, 3, s, s).
+    image (1, 3, s, s).
 
     Raises `SFTError` where there is none. (In a Transformer that reads its class token, no other token
     counts after the last attention.)
@@ -75,7 +75,7 @@ def _last_that_counts(names: list[str], slopes: Sequence[torch.Tensor | None], w
 
 # %% ../../nbs/tools/cams.ipynb #2a173c39
 def grad_cam(backbone: Backbone, x: torch.Tensor, labels, layer: str | None = None) -> np.ndarray:
-    """Where evidence for `labels` lies: float32 (b, s, s) from 0 to 1, for pictures x (b, 3, s, s) as
+    """Where evidence for `labels` lies: float32 (b, s, s) from 0 to 1, for images x (b, 3, s, s) as
     `to_input` makes them; one label, or b.
 
     layer: name of the module whose output is weighed; None: `spatial_layer`. Raises `SFTError` where the
@@ -99,8 +99,8 @@ def grad_cam(backbone: Backbone, x: torch.Tensor, labels, layer: str | None = No
     return nn.functional.interpolate(cam, x.shape[-2:], mode="bilinear")[:, 0].float().cpu().numpy()
 
 # %% ../../nbs/tools/cams.ipynb #d214b505
-def spotlight(pictures: np.ndarray, cams: np.ndarray) -> np.ndarray:
-    """uint8 (n, s, s, 3): pictures of that shape that fade to grey where `cams`, float (n, s, s) from 0 to
+def spotlight(images: np.ndarray, cams: np.ndarray) -> np.ndarray:
+    """uint8 (n, s, s, 3): images of that shape that fade to grey where `cams`, float (n, s, s) from 0 to
     1, are low."""
     share = .2 + .8 * np.asarray(cams, np.float32)[..., None]
-    return (share * pictures + (1 - share) * 150).round().astype(np.uint8)
+    return (share * images + (1 - share) * 150).round().astype(np.uint8)

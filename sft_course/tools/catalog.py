@@ -117,7 +117,7 @@ def _failed(text: str, problems: Iterable[Problem]) -> SFTError:
 
 # %% ../../nbs/tools/catalog.ipynb #f4e4ce92
 # kinds of problems that cost a file; the others are things to look at
-LEFT_OUT = ("not a picture", "no file", "no class", "unreadable folder", "empty class", "untrained class",
+LEFT_OUT = ("not an image", "no file", "no class", "unreadable folder", "empty class", "untrained class",
             "missing", "outside", "unreadable", "too large", "changed")
 
 # %% ../../nbs/tools/catalog.ipynb #ba2fafc8
@@ -140,7 +140,7 @@ def require_enough(c: Catalog, before: Catalog | None = None) -> None:
             else ""
         )
         raise _failed(f"{printable(c.root)}: class {c.classes[k]!r} holds "
-                      f"{'a single picture' if counts[k] else 'no picture'} to train on{also}; it needs at "
+                      f"{'a single image' if counts[k] else 'no image'} to train on{also}; it needs at "
                       "least two.", c.problems)
     if before is not None: require_parts(c, before)
 

@@ -43,9 +43,9 @@ def _pairs_figure(e: Evaluation):
     import matplotlib.pyplot as plt
     pairs = confused_pairs(e, 15)[::-1]
     fig, ax = plt.subplots(figsize=(7, .8 + .3 * max(len(pairs), 1)))
-    ax.barh([f"{t} → {p}" for t, p in zip(pairs.truth, pairs["taken for"])], pairs.pictures,
+    ax.barh([f"{t} → {p}" for t, p in zip(pairs.truth, pairs["taken for"])], pairs.images,
             color=PALETTE["destroyed"])
-    ax.set(xlabel="pictures"); ax.grid(False, axis="y")
+    ax.set(xlabel="images"); ax.grid(False, axis="y")
     return fig
 
 # %% ../../nbs/tools/charts.ipynb #e057e86e
@@ -64,27 +64,27 @@ def per_class_figure(e: Evaluation):
 
 # %% ../../nbs/tools/charts.ipynb #3238c38b
 def center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The central uint8 (n, size, size, 3) of decoded pictures (n, s, s, 3): what the plain view shows the
+    """The central uint8 (n, size, size, 3) of decoded images (n, s, s, 3): what the plain view shows the
     network."""
     margin = (pixels.shape[1] - size) // 2
     return pixels[:, margin:margin + size, margin:margin + size]
 
 # %% ../../nbs/tools/charts.ipynb #9556d3b0
-def gallery_figure(pictures: np.ndarray, captions: Sequence[str], columns: int = 6):
-    "A matplotlib figure of pictures uint8 (n, s, s, 3) in rows of `columns`, each with its caption above it."
+def gallery_figure(images: np.ndarray, captions: Sequence[str], columns: int = 6):
+    "A matplotlib figure of images uint8 (n, s, s, 3) in rows of `columns`, each with its caption above it."
     import matplotlib.pyplot as plt
-    rows = max(1, math.ceil(len(pictures) / columns))
+    rows = max(1, math.ceil(len(images) / columns))
     fig, axes = plt.subplots(rows, columns, figsize=(1.6 * columns, 2.05 * rows), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for ax, x, text in zip(axes.flat, pictures, captions):
+    for ax, x, text in zip(axes.flat, images, captions):
         ax.imshow(x)
         ax.set_title(text.replace("$", r"\$"), fontsize=8)
     return fig
 
 # %% ../../nbs/tools/charts.ipynb #6ac42ed6
 def captions(e: Evaluation, rows: Iterable[int]) -> list[str]:
-    "Of each picture: what it is, what the network says, and how sure it is."
+    "Of each image: what it is, what the network says, and how sure it is."
     p, said = e.probabilities, e.predictions
     return [f"{e.classes[e.labels[i]]}\nsaid {e.classes[said[i]]}, {p[i, said[i]]:.3f}" for i in rows]
 

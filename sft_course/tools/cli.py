@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'DIR', 'Folder', 'Artifact', 'Out', 'AsJson', 'Strict', 'WATCHERS', 'Name', 'Net', 'Weights', 'Size', 'Device',
-           'Seed', 'Epochs', 'Lr', 'Batch', 'Train', 'Loss', 'Val', 'Test', 'Watch', 'Resume', 'Keep', 'Processes',
-           'Files', 'Csv', 'Top', 'ShardsTo', 'ShardSize', 'Parquet', 'Report', 'Split', 'Part', 'To', 'Force', 'Clear',
-           'demo', 'fit', 'check', 'predict', 'evaluate', 'backbones', 'notebooks', 'cache', 'doctor', 'main']
+           'Seed', 'TaskName', 'Drawn', 'Epochs', 'Lr', 'Batch', 'Train', 'Loss', 'Adapter', 'Rank', 'Longest', 'Val',
+           'Test', 'Watch', 'Resume', 'Keep', 'Processes', 'Files', 'Csv', 'Top', 'ShardsTo', 'ShardSize', 'Parquet',
+           'Abstain', 'Report', 'Split', 'Part', 'To', 'Force', 'Clear', 'demo', 'fit', 'check', 'predict', 'evaluate',
+           'backbones', 'notebooks', 'cache', 'doctor', 'main']
 
 # %% ../../nbs/tools/cli.ipynb #a54f30df
-import difflib, math, os, re, shlex, signal, sys, warnings
+import difflib, math, os, re, shlex, signal, sys, threading, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -23,6 +24,7 @@ from .processes import is_first, joined, launched, may_speak
 from .processes import PeerGone, ranks, wait_for_reason
 from .compare_command import compare
 from .tune_command import tune
+from .chat_command import chat
 from .shipping_commands import card, export, push, serve
 
 # %% ../../nbs/tools/cli.ipynb #491405dd
@@ -44,7 +46,8 @@ def _all(version: Annotated[bool, typer.Option("--version", callback=_version, i
     "Options that stand before a command."
 
 # %% ../../nbs/tools/cli.ipynb #df59db6a
-DIR = "root/train|val|test/class/images, root/class/images, a CSV of path,label, or of text,label"
+DIR = ("root/train|val|test/class/images, root/class/images, a CSV of path,label, of path and numbers or "
+       "several labels, or of text,label; images/ with masks/, or with COCO, VOC or YOLO files; chats.jsonl")
 Folder = Annotated[Path, typer.Argument(metavar="DIR", parser=typed_path, help=DIR)]
 Artifact = Annotated[Path, typer.Argument(metavar="OUT", parser=typed_path,
     help="A folder that `fit` wrote.")]
@@ -96,6 +99,10 @@ _WRITTEN = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "vocab.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+    "adapter",
 )
 
 def _holds(out: Path) -> str:
@@ -174,8 +181,16 @@ class _Ended(BaseException):
         self.signal, self.text = signal, text
 
 def _end(number: int, frame: Any = None) -> None:
-    "What a signal does."
-    raise _Ended(number)
+    "What a signal does: at once, or a moment after the last import has ended."
+    if not _importing(frame): raise _Ended(number)
+    later = threading.Timer(.05, os.kill, (os.getpid(), number))
+    later.daemon = True
+    later.start()
+
+def _importing(frame: Any) -> bool:
+    "Whether a module is being loaded: an exception that passes through its C++ code can abort the process."
+    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"): frame = frame.f_back
+    return frame is not None
 
 # %% ../../nbs/tools/cli.ipynb #72a042c8
 def _again() -> str:
@@ -239,7 +254,8 @@ def _name(text: str) -> str:
 Name = Annotated[Optional[str], typer.Option("--name", parser=_name, metavar="NAME",
     help="Name of the artifact's folder: ./NAME, or OUT/NAME.")]
 Net = Annotated[Optional[str], typer.Option("--backbone", metavar="NAME",
-    help="lite0, a name of torchvision or timm (see sft-course backbones), timm/NAME or hf-hub:OWNER/NAME.")]
+    help="lite0, a name of torchvision or timm (see sft-course backbones), timm/NAME or hf-hub:OWNER/NAME; "
+         "for chats, a folder with a language model.")]
 Weights = Annotated[Optional[Path], typer.Option("--weights", parser=typed_path, metavar="FILE",
     help="Start from your own checkpoint instead of the pretrained weights; nothing in it is executed.")]
 Size = Annotated[Optional[int], typer.Option("--image-size",
@@ -247,6 +263,12 @@ Size = Annotated[Optional[int], typer.Option("--image-size",
 Device = Annotated[Optional[str], typer.Option("--device", metavar="NAME",
     help="auto, cpu, cuda, or one GPU as cuda:1.")]
 Seed = Annotated[Optional[int], typer.Option("--seed", help="One number, from 0 on, for all randomness.")]
+
+# %% ../../nbs/tools/cli.ipynb #tkcli001
+TaskName = Annotated[Optional[str], typer.Option("--task", metavar="NAME",
+    help="class, labels, number, masks or boxes; by default what the data hold.")]
+Drawn = Annotated[Optional[Path], typer.Option("--out", parser=typed_path, metavar="FOLDER",
+    help="Where masks, and images with boxes, go; by default OUT/predictions.")]
 
 # %% ../../nbs/tools/cli.ipynb #32c07ce6
 Epochs = Annotated[Optional[int], typer.Option("--epochs", min=1,
@@ -258,6 +280,11 @@ Train = Annotated[Optional[str], typer.Option("--train", parser=_depth, metavar=
     help="What is tuned: the head alone, N stages from the top, or all.")]
 Loss = Annotated[Optional[str], typer.Option("--loss", metavar="NAME",
     help="What tuning minimises: cross_entropy, weighted, focal or logit_adjusted.")]
+Adapter = Annotated[Optional[str], typer.Option("--adapter", metavar="lora",
+    help="For chats: train maps of low rank instead of the layers' weights.")]
+Rank = Annotated[Optional[int], typer.Option("--rank", min=1, help="Of the adapter.")]
+Longest = Annotated[Optional[int], typer.Option("--max-tokens", min=8,
+    help="For chats: the longest that is trained on, in tokens.")]
 
 # %% ../../nbs/tools/cli.ipynb #a66d0fcf
 Val = Annotated[Optional[Path], typer.Option("--val", parser=typed_path, metavar="DIR",
@@ -317,29 +344,50 @@ def demo(out: Out = None, as_json: AsJson = False) -> None:
 # %% ../../nbs/tools/cli.ipynb #f82df425
 @app.command(epilog="Examples: sft-course fit photos/ --out leaves/; "
                     "sft-course fit photos/ --out leaves/ --resume; "
-                    "sft-course fit labels.csv --backbone resnet50 --train 3 --epochs 10 --json")
-def fit(folder: Folder, out: Out = None, name: Name = None, backbone: Net = None, weights: Weights = None,
-        image_size: Size = None, epochs: Epochs = None, lr: Lr = None, batch_size: Batch = None,
-        train: Train = None, loss: Loss = None, val: Val = None, test: Test = None, device: Device = None,
+                    "sft-course fit labels.csv --backbone resnet50 --train 3 --epochs 10 --json; "
+                    "sft-course fit chats.jsonl --adapter lora --rank 8")
+def fit(folder: Folder, out: Out = None, name: Name = None, task: TaskName = None, backbone: Net = None,
+        weights: Weights = None, image_size: Size = None, epochs: Epochs = None, lr: Lr = None,
+        batch_size: Batch = None, train: Train = None, loss: Loss = None, adapter: Adapter = None, rank: Rank = None,
+        max_tokens: Longest = None, val: Val = None, test: Test = None, device: Device = None,
         seed: Seed = None, watch: Watch = None, resume: Resume = False, keep_checkpoint: Keep = False,
         processes: Processes = 1, strict: Strict = False, as_json: AsJson = False) -> None:
     """Fine-tune on your own images and save an artifact.
 
     Images lie in one sub-folder per class. Where there is a val/ or test/ split it is used once, for the
     accuracy that is reported; otherwise a fifth of each class is held out for it. Files that are no sound
-    images are named and left out. A table (.csv, .tsv, .jsonl) with a column `text` is fitted as texts.
+    images are named and left out. A table (.csv, .tsv, .jsonl) with a column `text` is fitted as texts. Chats
+    (.jsonl with `messages`, or `prompt` and `completion`) fine-tune a language model. Several labels, numbers,
+    masks and boxes are fitted as such; the run says what it takes the data for, and --task decides.
 
     Ctrl-C and SIGTERM let a step end, save, and say how to go on.
     """
     from sft_course.tools.sentences import holds_texts
-    if holds_texts(folder):
-        if launched() or processes > 1:
-            raise SFTError(f"{folder}: texts are fitted by one process; leave --processes out.")
-        unfit = _given(backbone=backbone, weights=weights, image_size=image_size, batch_size=batch_size,
-                       loss=loss, val=val, device=device, watch=watch,
+    from sft_course.tools.chat_files import holds_chats
+    of_images = _given(weights=weights, image_size=image_size, loss=loss, val=val, watch=watch,
                        keep_checkpoint=keep_checkpoint or None)
-        return _fit_texts(folder, _artifact(folder, out, name, resume), test, unfit, as_json,
+    of_chats = _given(adapter=adapter, rank=rank, max_tokens=max_tokens)
+    if holds_chats(folder):
+        _alone(folder, processes)
+        _refuse(of_images, "images", folder, "chats")
+        chosen = _given(layers=train, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed) | of_chats
+        how = {"test": test and _there(test, "file"), "model": backbone, "resume": resume, "strict": strict}
+        return _fit_chats(folder, _artifact(folder, out, name, resume), device, as_json, how, chosen)
+    _refuse(of_chats, "chats", folder, "none")
+    if holds_texts(folder):
+        _alone(folder, processes)
+        _refuse(_given(backbone=backbone, batch_size=batch_size, device=device) | of_images, "images", folder,
+                "texts")
+        return _fit_texts(folder, _artifact(folder, out, name, resume), test, strict, as_json,
                           **_given(train=train, epochs=epochs, lr=lr, seed=seed))
+    if (found := _task(folder, task)) != "class":
+        _alone(folder, processes)
+        unfit = {k: v for k, v in of_images.items() if k != "image_size"}
+        unfit |= _given(backbone=backbone, test=test, strict=strict or None)
+        place = _outside(_artifact(folder, out, name, resume), folder)
+        return _fit_task(folder, place, found, unfit, as_json, resume, **_given(
+            epochs=epochs, lr=lr, batch_size=batch_size, image_size=image_size, train=train, seed=seed,
+            device=device))
     _launch_if_asked(processes)
     with _taking_part() as me:
         settings = load_settings(fit_image_size=image_size, seed=seed, backbone=backbone, device=device)
@@ -384,13 +432,24 @@ def _own_gpu(settings):
     return settings.change(device=f"cuda:{ranks().local}")
 
 # %% ../../nbs/tools/cli.ipynb #txcli002
-def _fit_texts(file: Path, artifact: Path, test: Path | None, unfit: dict, as_json: bool,
+def _refuse(unfit: dict, meant_for: str, data: Path, held: str) -> None:
+    "Raise `SFTError` where an option was given that is for other data."
+    if not unfit: return
+    raise SFTError(f"--{next(iter(unfit)).replace('_', '-')} is for {meant_for}, and {data} holds {held}; "
+                   "leave it out.")
+
+def _alone(data: Path, processes: int) -> None:
+    "Raise `SFTError` where several processes were asked for."
+    if launched() or processes > 1:
+        raise SFTError(f"{data}: only images with one class each are fitted by several processes; leave "
+                       "--processes out.")
+
+def _fit_texts(file: Path, artifact: Path, test: Path | None, strict: bool, as_json: bool,
                **recipe: Any) -> None:
     "Fit a table of texts, and say what came of it."
+    from sft_course.tools.chat_command import check_texts, require_no_problem
     from sft_course.tools.text_files import fit_text_file
-    if unfit:
-        raise SFTError(f"--{next(iter(unfit)).replace('_', '-')} is for images, and {file} holds texts; "
-                       "leave it out.")
+    if strict: require_no_problem(file, check_texts(file)[1])
     with results(as_json) as done:
         with _resumable(artifact):
             card = fit_text_file(file, artifact, test and _there(test, "file"), **recipe)
@@ -400,6 +459,43 @@ def _fit_texts(file: Path, artifact: Path, test: Path | None, unfit: dict, as_js
         if "accuracy" in m: print(f"accuracy on {m['n_test']} test texts  {m['accuracy']:.3f}")
         print(f"saved in {artifact}; try: sft-course predict {_typed(artifact)} 'a text'")
         done(card | {"artifact": str(artifact)})
+
+def _fit_chats(file: Path, artifact: Path, device: str | None, as_json: bool, how: dict, plan: dict) -> None:
+    "Fine-tune a language model on chats, and say what came of it."
+    from sft_course.tools.chat_command import told_of_chats
+    from sft_course.tools.chat_run import fine_tune_chats
+    from sft_course.tools.torch_state import pick_device
+    if plan.get("layers") == "head": raise SFTError("--train head: a language model has no head of its own; "
+                                                    "give a number of layers, or all.")
+    settings = load_settings(device=device, seed=plan.get("seed"))
+    plan.setdefault("seed", settings.seed)
+    with results(as_json) as done:
+        with _resumable(artifact):
+            how |= {"device": pick_device(settings), "say": progress}
+            result = fine_tune_chats(file, artifact, **how, **plan)
+        _notes(result.card["problems"] + result.card["notes"], f"{artifact / 'card.json'}")
+        print("\n".join(told_of_chats(result.card, _typed(artifact))))
+        hidden = {k: v for k, v in result.card.items() if k != "made_of"}
+        done(hidden | {"artifact": str(artifact), "report": str(artifact / "report.html")})
+
+# %% ../../nbs/tools/cli.ipynb #tkcli002
+def _task(data: Path, task: str | None) -> str:
+    "What data are fitted for, said on standard error where it is not one class an image."
+    data = _there(data)
+    from sft_course.tools.task_command import task_for
+    return task_for(data, task, _say)
+
+def _fit_task(data: Path, artifact: Path, task: str, unfit: dict, as_json: bool, resume: bool,
+              **recipe: Any) -> None:
+    "Fit labels, numbers, masks or boxes, and say what came of it."
+    from sft_course.tools.task_command import fit_task
+    from sft_course.tools.torch_state import pick_device
+    _refuse(unfit, "one class an image", data, {"number": "numbers"}.get(task, task))
+    settings = load_settings(seed=recipe.get("seed"), device=recipe.get("device"))
+    recipe |= {"seed": settings.seed, "device": str(pick_device(settings))}
+    with results(as_json) as done:
+        with _resumable(artifact): told = fit_task(data, artifact, task, resume, **recipe)
+        done(told)
 
 # %% ../../nbs/tools/cli.ipynb #1ee6f7ba
 def _given(**options: Any) -> dict[str, Any]:
@@ -421,8 +517,8 @@ def _fit(folder: Path, parts: dict, artifact: Path, settings, resume: bool, reci
 
 # %% ../../nbs/tools/cli.ipynb #aba160a3
 @app.command(epilog="Examples: sft-course check photos/; sft-course check photos/ --strict --json")
-def check(folder: Folder, strict: Strict = False, as_json: AsJson = False) -> None:
-    """Look for faults in labelled images: copies, leaks, blanks, unreadable files, rare classes.
+def check(folder: Folder, task: TaskName = None, strict: Strict = False, as_json: AsJson = False) -> None:
+    """Look for faults in labelled data: copies, leaks, unreadable files, rare classes, boxes without area.
 
     Exit status 0 where a fit is possible, with notes or without; 1 where it is not. Nothing is changed.
     """
@@ -431,7 +527,16 @@ def check(folder: Folder, strict: Strict = False, as_json: AsJson = False) -> No
     from sft_course.tools.problems import describe, find_problems
     from sft_course.tools.catalog import require_whole
     from sft_course.tools.intake import scan
+    from sft_course.tools.chat_command import check_chats, check_texts
+    from sft_course.tools.chat_files import holds_chats
+    from sft_course.tools.sentences import holds_texts
+    look = check_chats if holds_chats(folder) else check_texts if holds_texts(folder) else None
+    if look: return _checked(look, folder, strict, as_json)
     settings = load_settings()
+    if (kind := _task(folder, task)) != "class":
+        from sft_course.tools.task_command import check_task
+        with results(as_json) as done: done(check_task(folder, kind, strict))
+        return
     with results(as_json) as done:
         size = decoded_size(settings.fit_image_size)
         found = decode_once(scan(_there(folder), settings.seed), size, settings.cache_dir)
@@ -439,6 +544,15 @@ def check(folder: Folder, strict: Strict = False, as_json: AsJson = False) -> No
         print("\n".join(describe(c, problems)))
         done(_check_summary(c, problems))
         if strict: require_whole(c)
+
+def _checked(look: Callable[[Path], tuple[list[str], dict]], file: Path, strict: bool, as_json: bool) -> None:
+    "Print what `look` finds in a file of texts or chats."
+    from sft_course.tools.chat_command import require_no_problem
+    with results(as_json) as done:
+        lines, told = look(file)
+        if strict: require_no_problem(file, told)
+        print("\n".join(lines))
+        done(told)
 
 # %% ../../nbs/tools/cli.ipynb #6989ad3c
 def _check_summary(c, problems) -> dict:
@@ -458,7 +572,8 @@ def _line(p, top: int) -> str:
     "A `Prediction` as a person reads it."
     from sft_course.tools.catalog import printable
     more = ", ".join(f"{label} {probability:.1%}" for label, probability in _best(p, top)[1:])
-    return printable(f"{p.probability:6.1%}  {p.label}  {p.path}" + (f"  (then {more})" if more else ""))
+    name = f"unsure, perhaps {_best(p, 1)[0][0]}" if p.label is None else p.label
+    return printable(f"{p.probability:6.1%}  {name}  {p.path}" + (f"  (then {more})" if more else ""))
 
 # %% ../../nbs/tools/cli.ipynb #ef80f1a4
 def _columns(top: int) -> list[str]:
@@ -498,7 +613,10 @@ def _table_of(file: Path | None, top: int) -> Iterator[Callable[[Any], None]]:
                                                 errors="surrogateescape") as f:  # names keep their bytes
         table = csv.writer(f)
         table.writerow(_columns(top))
-        yield lambda p: table.writerow([p.path, *(v for pair in _best(p, top) for v in pair)])
+        def write(p):
+            cells = [v for pair in _best(p, top) for v in pair]
+            table.writerow([p.path, p.label, *cells[1:]])  # an unsure image has no label
+        yield write
 
 # %% ../../nbs/tools/cli.ipynb #c5100b7e
 Files = Annotated[list[Path], typer.Argument(metavar="FILE…", parser=typed_path,
@@ -511,32 +629,44 @@ ShardsTo = Annotated[Optional[Path], typer.Option("--shards", parser=typed_path,
     help="Write tables of a part of the files each to this folder; go on where an earlier run was stopped.")]
 ShardSize = Annotated[int, typer.Option("--shard-size", min=1, metavar="N", help="Files in a shard.")]
 Parquet = Annotated[bool, typer.Option("--parquet", help="Shards as Parquet in place of CSV.")]
+Abstain = Annotated[Optional[float], typer.Option("--abstain", metavar="CONFIDENCE",
+    help="Name no class where the network is less sure than that, such as 0.9.")]
 
 # %% ../../nbs/tools/cli.ipynb #bb741dd4
 @app.command(epilog="Examples: sft-course predict leaves/ new/*.jpg; "
                     "sft-course predict leaves/ new/ --csv new.csv --top 3")
-def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, shards: ShardsTo = None,
-            shard_size: ShardSize = 1000, parquet: Parquet = False, processes: Processes = 1,
-            as_json: AsJson = False) -> None:
+def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, abstain: Abstain = None,
+            out: Drawn = None, shards: ShardsTo = None, shard_size: ShardSize = 1000, parquet: Parquet = False,
+            processes: Processes = 1, as_json: AsJson = False) -> None:
     """Name the class of images with a network that was fitted before.
 
     A folder stands for the images in it. A file that cannot be read is named and skipped, and the exit status
-    is 1 then. With a model of texts, each FILE is a text itself, or a table of texts.
+    is 1 then. With a model of texts, each FILE is a text itself, or a table of texts; with a language model,
+    a prompt, or a file of prompts (.txt, .jsonl).
 
-    For very many files: --shards, which several processes can write at once.
+    For very many images: --shards, which several processes can write at once.
     """
     if shards: return _predict_shards(artifact, files, shards, shard_size, parquet, processes, csv, as_json)
     if processes > 1 or parquet or launched():
         raise SFTError("--processes and --parquet are for --shards PARTS; give that too, or leave them out.")
+    from sft_course.tools.chat_run import is_chat_model
+    if is_chat_model(_there(artifact)): return _predict_chats(artifact, files, csv, as_json)
     from sft_course.tools.sentences import is_text_model
     if is_text_model(folder := _there(artifact)):
+        if abstain is not None:
+            raise SFTError("--abstain: this is for models of images, and this is one of texts; leave it out.")
         return _predict_texts(folder, files, csv, as_json)
+    from sft_course.tools.task_run import task_card
+    if task_card(folder):
+        if abstain is not None: raise SFTError("--abstain is for one class an image; leave it out.")
+        return _predict_task(folder, files, csv, out, as_json)
+    if out: raise SFTError("--out is for masks and boxes; write classes to a table with --csv.")
     from sft_course.tools.torch_state import pick_device
     from sft_course.tools.artifact import load_artifact
     result = load_artifact(_there(artifact), pick_device(load_settings()))
     rows: list[dict] | None = [] if as_json else None
     with results(as_json) as done:
-        found = result.predict_stream(files)
+        found = result.predict_stream(files, abstain=abstain)
         n, skipped = _write_predictions(found, csv, min(top, len(result.classes)), rows)
         if csv: print(f"{n} predictions in {csv}")
         done({"artifact": str(artifact), "n": n, "predictions": rows, "skipped": skipped})
@@ -589,6 +719,38 @@ def _predict_texts(folder: Path, given: list[Path], csv: Path | None, as_json: b
             for r in said: print(f"{r['probability']:6.1%}  {r['label']}  {r['text']}")
         done({"artifact": str(folder), "n": len(said), "predictions": said})
 
+def _predict_chats(folder: Path, given: list[Path], csv: Path | None, as_json: bool) -> None:
+    "Print what a language model answers to prompts, or write it to the table `csv`."
+    from sft_course.tools.chat_command import last_said, read_prompts
+    from sft_course.tools.chat_run import load_chat_model
+    from sft_course.tools.files import plain_frame
+    from sft_course.tools.torch_state import pick_device
+    prompts = read_prompts(given)
+    with results(as_json) as done:
+        said = load_chat_model(folder, pick_device(load_settings())).predict(prompts)
+        columns = ["prompt", "answer", "finished"]
+        rows = [dict(zip(columns, (last_said(p), a.text, a.finished))) for p, a in zip(prompts, said)]
+        if csv:
+            _require_free(csv, lambda head: head.startswith(",".join(columns)), "--csv")
+            with _writable(csv, "--csv") as temp:
+                plain_frame((r.values() for r in rows), columns).to_csv(temp, index=False)
+            print(f"{len(rows)} answers in {csv}")
+        elif not as_json:
+            for r in rows: print(f"{r['prompt']}\n    {r['answer']}" if len(rows) > 1 else r["answer"])
+        cut = sum(not a.finished for a in said)
+        if cut: _say(f"note: {cut} of {len(said)} answers did not come to an end")
+        done({"artifact": str(folder), "n": len(rows), "predictions": rows})
+
+# %% ../../nbs/tools/cli.ipynb #tkcli003
+def _predict_task(folder: Path, files: list[Path], csv: Path | None, out: Path | None, as_json: bool) -> None:
+    "Print what a network sees in images: labels, numbers, masks or boxes."
+    from sft_course.tools.task_command import predict_task
+    if csv: _require_free(csv, lambda head: head.startswith("path"), "--csv")
+    with results(as_json) as done:
+        told = predict_task(folder, files, csv, out, quiet=as_json, say=_say)
+        done(told)
+    if told["skipped"]: raise typer.Exit(1)
+
 # %% ../../nbs/tools/cli.ipynb #16d8e7c2
 def _write_predictions(found: Iterator[Any], csv: Path | None, top: int,
                        rows: list[dict] | None) -> tuple[int, list[dict]]:
@@ -632,7 +794,7 @@ def _table(e) -> list[dict]:
     def share(r, name):
         return {name: float(r[name]), f"{name}_interval": [float(r[f"{name} low"]), float(r[f"{name} high"])]}
     def row(c, r):
-        counts = {"class": c, "pictures": int(r["pictures"]), "predicted": int(r["predicted"])}
+        counts = {"class": c, "images": int(r["images"]), "predicted": int(r["predicted"])}
         return counts | share(r, "recall") | share(r, "precision")
     return [row(c, r) for c, r in per_class(e).iterrows()]
 
@@ -712,6 +874,13 @@ def evaluate(artifact: Artifact, folder: Folder, report: Report = None, split: S
     from sft_course.tools.torch_state import pick_device
     from sft_course.tools.artifact import load_artifact
     settings = load_settings()
+    from sft_course.tools.task_run import task_card
+    if task_card(_there(artifact)):
+        from sft_course.tools.task_command import evaluate_task
+        if split: raise SFTError("--split is for one class an image; give the folder or CSV of that part.")
+        with results(as_json) as done:
+            done(evaluate_task(artifact, _there(folder), _report_place(report, artifact, folder)))
+        return
     with results(as_json) as done:
         result = load_artifact(_there(artifact), pick_device(settings))
         report = _report_place(report, artifact, _there(folder))
@@ -736,7 +905,7 @@ def _evaluation(asked: _Asked) -> dict:
 def _tell_of(asked: _Asked, artifact: Path, told: dict, most: int = 20) -> None:
     "What a person wants to know after an evaluation."
     from sft_course.tools.catalog import _some
-    gone = [r["class"] for r in told["per_class"] if not r["pictures"]]
+    gone = [r["class"] for r in told["per_class"] if not r["images"]]
     notes = [p["message"] for p in told["problems"]]
     if gone: notes.append(f"there is no image of {_some(gone)}")
     if asked.learned:
@@ -750,10 +919,10 @@ def _tell_of(asked: _Asked, artifact: Path, told: dict, most: int = 20) -> None:
 # %% ../../nbs/tools/cli.ipynb #78547b49
 def _tell_classes(told: dict, most: int) -> None:
     "A line for each of the `most` classes of which the smallest share was found."
-    rows = sorted((r for r in told["per_class"] if r["pictures"]), key=lambda r: r["recall"])
+    rows = sorted((r for r in told["per_class"] if r["images"]), key=lambda r: r["recall"])
     for r in rows[:most]:
         low, high = r["recall_interval"]
-        print(f"  {r['class']}: {r['recall']:.3f} of {r['pictures']} found ({low:.3f} to {high:.3f})")
+        print(f"  {r['class']}: {r['recall']:.3f} of {r['images']} found ({low:.3f} to {high:.3f})")
     if len(rows) > most: print(f"  … and {len(rows) - most} classes of which more was found")
 
 # %% ../../nbs/tools/cli.ipynb #57329b6b
@@ -804,6 +973,8 @@ def backbones(part: Part = None, as_json: AsJson = False) -> None:
 app.command(epilog="Example: sft-course compare leaves/ --backbones lite0@96,lite0@160,lite2@96")(compare)
 app.command(epilog="Examples: sft-course tune photos/ --trials 16; "
                    "sft-course tune photos/ --search lr=1e-4:1e-2 --search train=2,4,6 --minutes 30")(tune)
+app.command(epilog="Examples: sft-course chat notes/; "
+                   "echo 'Two roses by the gate.' | sft-course chat notes/")(chat)
 
 # %% ../../nbs/tools/cli.ipynb #cl000004
 app.command(epilog="Examples: sft-course export leaves/; sft-course export leaves/ --to torch --data test/; "

@@ -9,7 +9,7 @@ __all__ = ['FineTuner']
 import copy, platform, time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from typing import Iterator
+from typing import Callable, Iterator
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -25,7 +25,7 @@ from .surgery import pictures_at_once
 from ..unfreezing import first_trainable
 from .logits import eval_logits, Evaluation
 from .phases import Candidate, Head, Phase, _can_gain, _choose, _reason
-from .predict import Result
+from .predict import fitted_temperature, Result
 from .artifact import every_stage
 from .tuner import TunerState
 from .fitting import _fit_head, _set_head, _train
@@ -43,6 +43,7 @@ class FineTuner(TunerState):
     on how far the run is, such as `print`. What is not given is read from the settings. Raises `SFTError`
     with one sentence where there is nothing to learn from, or a value is not allowed.
     """
+    average: dict | None = None  # what average of weights stands in `tuned`
 
 # %% ../../nbs/tools/engine.ipynb #32ca7b9a
 def _name(phase: Phase) -> str:
@@ -135,10 +136,13 @@ def _preprocessing_of(tuner: TunerState) -> dict:
 def _card(tuner: TunerState, chosen: Candidate, test: Score) -> dict:
     "What `card.json` will hold, but for the hash of the weights."
     b, kept = tuner.backbone, isinstance(chosen, Head)
+    held = _said_of(tuner, tuner.val, chosen.logits)
     return {"classes": list(tuner.catalog.classes), "backbone": b.name, "weights": b.weights,
             "head": "every" if kept and chosen.every_stage else "last",
             "preprocessing": _preprocessing_of(tuner), "metrics": _metrics(tuner, test),
-            "chosen": "head" if kept else "tuned", "phases": [asdict(p) for p in tuner.done],
+            "chosen": "head" if kept else "tuned", "average": tuner.average,
+            "phases": [asdict(p) for p in tuner.done],
+            "temperature": round(fitted_temperature(held), 4),
             "seed": tuner.seed, "problems": [asdict(p) for p in tuner.catalog.problems], "notes": tuner.notes,
             "data": tuner.pixels.key, "versions": _versions(),
             "seconds": round(time.perf_counter() - tuner.started, 1)}
@@ -256,12 +260,14 @@ def _run_all(tuner: TunerState, phases: tuple[Phase, ...], resume: bool) -> None
 # %% ../../nbs/tools/engine.ipynb #c19c664d
 @patch
 @own_torch_state()
-def run(self: FineTuner, *phases: Phase, resume: bool = False) -> Result:
+def run(self: FineTuner, *phases: Phase, resume: bool = False,
+        then: Callable[[TunerState], None] | None = None) -> Result:
     """Run the phases in order, choose on the validation images, measure on the test images, and save where
     `out` was given.
 
     resume: go on where the run that wrote `last.ckpt` in `out` was stopped; what comes out is the same to
-    the last bit. Where that run has ended, its artifact comes back. Raises `SFTError` where the phases do
+    the last bit. Where that run has ended, its artifact comes back. then(tuner): called after the last phase
+    and before the choice; it may put other weights in place of `tuned`. Raises `SFTError` where the phases do
     not fit the network, or something else lies in `out`.
     """
     _require_phases(self, phases)
@@ -273,4 +279,6 @@ def run(self: FineTuner, *phases: Phase, resume: bool = False) -> Result:
         _begin(self, resume)
         with _watched(self):
             _run_all(self, phases, resume)
+            if then:
+                then(self)
             return _finish(self)

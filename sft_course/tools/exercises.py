@@ -1785,7 +1785,7 @@ EXERCISES["08.4"] = Exercise(
         "with confidence 1."
     ),
     mistakes=(
-        (_like(_ece_loses_ones), "Pictures with confidence 1 are in no bin: no row of the loop has them."),
+        (_like(_ece_loses_ones), "Images with confidence 1 are in no bin: no row of the loop has them."),
         (
             _like(_ece_own_bin),
             "Now they have a bin of their own, an eleventh. They belong in the last one, with 0.95.",

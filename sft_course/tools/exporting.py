@@ -27,6 +27,7 @@ from .report import _at_end
 from .logits import eval_logits, evaluate
 from .predict import Result
 from .artifact import read_card
+from .keras_export import read_keras, write_keras
 from ..shipping import agreement, require_agreement, Shipped, shipped
 
 # %% ../../nbs/tools/exporting.ipynb #xpb1faef
@@ -252,14 +253,17 @@ class Exported:
     rows: list[dict]
     bytes: int
 
-FORMATS = {"onnx": "model.onnx", "torch": "model.pt2", "timm": "timm", "transformers": "transformers"}
-_OPEN = {"onnx": open_onnx, "torch": open_torch, "timm": open_timm, "transformers": open_transformers}
+FORMATS = {"onnx": "model.onnx", "torch": "model.pt2", "timm": "timm", "transformers": "transformers",
+           "keras": "model.keras"}
+_OPEN = {"onnx": open_onnx, "torch": open_torch, "timm": open_timm, "transformers": open_transformers,
+         "keras": lambda path: Opened(*read_keras(path))}
 
 def _write(result: Result, to: str, temperature: float, path: Path) -> None:
     "One format, without the gate."
     if to == "timm": return write_timm(result, temperature, path)
     if to == "transformers": return write_transformers(result, temperature, path)
     net = shipped(result, temperature)
+    if to == "keras": return write_keras(result, temperature, about(result, net), path)
     (write_onnx if to == "onnx" else write_torch)(net, about(result, net), path)
 
 def _size(path: Path) -> int:
@@ -288,7 +292,7 @@ def export(
     if path.is_dir():
         raise SFTError(f"{path}: this is there already; move it away, or give another folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    said = reference(result, images, temperature, mirrored=to in ("onnx", "torch"))
+    said = reference(result, images, temperature, mirrored=to not in ("timm", "transformers"))
     with (_whole_folder if to in ("timm", "transformers") else whole_file)(path) as temp:
         _write(result, to, temperature, temp)
         rows = gate(path.name, said, _OPEN[to](temp).run, images, at_once, tolerance)
@@ -303,9 +307,11 @@ def open_exported(path: str | Path) -> Opened:
         return open_onnx(path)
     if path.suffix == ".pt2":
         return open_torch(path)
+    if path.suffix == ".keras":
+        return _OPEN["keras"](path)
     config = path / "config.json"
     if not config.is_file():
-        raise SFTError(f"{path}: no exported network; give model.onnx, model.pt2 or a folder.")
+        raise SFTError(f"{path}: no exported network; give model.onnx, model.pt2, model.keras or a folder.")
     kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     return open_transformers(path) if kind == "timm_wrapper" else open_timm(path)
 

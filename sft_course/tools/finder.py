@@ -73,7 +73,7 @@ def rate_curve(model: nn.Module, train: tuple, held: tuple | None, optimizer: to
     and optimiser.
 
     train, held: pairs of `inputs(rows)` and labels (n,), as for `fit`; losses (nats) are of the held-back
-    pictures before each step, or, if held is None, of the batch. A rate is that of the group with the
+    images before each step, or, if held is None, of the batch. A rate is that of the group with the
     largest; others keep their proportion. Modes are as they are at the call. It ends early when the loss
     is four times its lowest or not finite. how: as in `add_gradients`. Nothing that is passed in changes,
     nor the random state. Raises `SFTError` when the first loss is not finite. Source: Smith 2015.
@@ -82,8 +82,8 @@ def rate_curve(model: nn.Module, train: tuple, held: tuple | None, optimizer: to
         raise SFTError(f"rate_curve: low = {low}, high = {high}, steps = {steps}; use 0 < low < high and 10 "
                        f"steps or more.")
     if not len(train[1]) or not any(g.get("base", g["lr"]) > 0 for g in optimizer.param_groups):
-        raise SFTError("rate_curve: there are no pictures, or every rate of the optimiser is 0; give "
-                       "pictures and a rate above 0.")
+        raise SFTError("rate_curve: there are no images, or every rate of the optimiser is 0; give "
+                       "images and a rate above 0.")
     losses, rates = [], np.geomspace(low, high, steps)
     with _random_kept(seed), torch.enable_grad():
         copies = _twins(model, optimizer)
@@ -93,7 +93,7 @@ def rate_curve(model: nn.Module, train: tuple, held: tuple | None, optimizer: to
             if smoothed(losses)[-1] > 4 * smoothed(losses).min(): break
     if not losses:
         raise SFTError(f"rate_curve: the loss is not finite at the first step, at rate {low:g}; look at "
-                       f"pictures, labels and weights.")
+                       f"images, labels and weights.")
     return rates[:len(losses)], np.array(losses)
 
 # %% ../../nbs/tools/finder.ipynb #c31db955

@@ -352,7 +352,7 @@ def _table_hint(root: Path) -> str:
 
 # %% ../../nbs/tools/folders.ipynb #ae0f34eb
 def _not_a_picture(f: str) -> Problem:
-    return _problem(f, "not a picture", "is not a picture by its name; it was left out.")
+    return _problem(f, "not an image", "is not an image by its name; it was left out.")
 
 # %% ../../nbs/tools/folders.ipynb #88898cf1
 def _strays(root: Path, layout: _Layout) -> list[Problem]:
@@ -411,5 +411,5 @@ def _empty(rows: list[tuple[str, str, str]], layout: _Layout) -> list[Problem]:
     "Problems of kind empty class: folders of the training part without an image."
     some = {c for _, c, part in rows if part == "train"}
     names = sorted({c for _, c, part in layout.classes if part == "train"} - some)
-    return [Problem(c, "empty class", f"class {c!r} holds no training pictures; it was left out.")
+    return [Problem(c, "empty class", f"class {c!r} holds no training images; it was left out.")
             for c in names]

@@ -51,8 +51,8 @@ def _no_images(root: Path, problems: Sequence[Problem], hint: str = "") -> SFTEr
     "The error of a folder without any image in its class folders: what was found there instead."
     lost = [p for p in problems if p.kind in LEFT_OUT and p.kind != "empty class"]
     found = f" (found: {_by_extension(p.path for p in lost)}; {_first(lost)})" if lost else ""
-    return _failed(f"{printable(root)}: no pictures in its sub-folders{found}; give a folder that holds a "
-                   f"sub-folder of pictures per class{hint}.", problems)
+    return _failed(f"{printable(root)}: no images in its sub-folders{found}; give a folder that holds a "
+                   f"sub-folder of images per class{hint}.", problems)
 
 # %% ../../nbs/tools/intake.ipynb #e65709c3
 def _plain(name: str) -> str:
@@ -69,7 +69,7 @@ def _untrained(f: str, name: str, classes: tuple[str, ...]) -> Problem:
     near = next((c for c in classes if _plain(c) == _plain(name)), "")
     ask = f" (is it {_shown(near, name)}?)" if near else ""
     return _problem(f, "untrained class",
-                    f"is of class {_shown(name, near)}, which has no pictures to train on{ask}; it was "
+                    f"is of class {_shown(name, near)}, which has no images to train on{ask}; it was "
                     "left out.")
 
 # %% ../../nbs/tools/intake.ipynb #1be6970a
@@ -89,7 +89,7 @@ def _odd_formats(files: list[str]) -> list[Problem]:
     kind = [same.get(k, k) for k in kind]
     rare = {k: n for k, n in Counter(kind).items() if n * 100 <= len(files)}
     return [_problem(f, "odd format",
-                     f"is one of {rare[k]} {k} among {len(files)} pictures; it was kept, but look at it.")
+                     f"is one of {rare[k]} {k} among {len(files)} images; it was kept, but look at it.")
             for f, k in zip(files, kind) if k in rare]
 
 # %% ../../nbs/tools/intake.ipynb #c1850f37
@@ -145,10 +145,10 @@ def _read(root: Path) -> tuple[Path, list[tuple[str, str, str]], list[Problem], 
     "(folder that files are relative to, (file, class, part) rows, problems, a hint) of a folder or a CSV."
     if not os.path.exists(root):
         raise SFTError(f"{printable(root)}: there is no such folder; give one that holds a sub-folder of "
-                       "pictures per class.")
+                       "images per class.")
     if root.is_dir(): return root, *_folder_rows(root), _table_hint(root)
     if root.is_file() and root.suffix.lower() == ".csv": return root.parent, *_csv_rows(root), ""
-    raise SFTError(f"{printable(root)}: this is a file; give a folder that holds a sub-folder of pictures "
+    raise SFTError(f"{printable(root)}: this is a file; give a folder that holds a sub-folder of images "
                    "per class, or a CSV of path,label.")
 
 # %% ../../nbs/tools/intake.ipynb #4409608e
@@ -159,7 +159,7 @@ def _further(
     folder = _place(folder)
     if not folder.is_dir():
         raise SFTError(f"{printable(folder)}: there is no such folder; give one that holds a sub-folder of "
-                       "pictures per class.")
+                       "images per class.")
     rows, problems = _folder_rows(folder)
     if not rows: raise _no_images(folder, problems, _table_hint(folder))
     if len({p for _, _, p in rows}) > 1:

@@ -43,7 +43,7 @@ class Evaluation:
         if z.shape != (n, k) or len(self.paths) != n or ((y < 0) | (y >= k)).any():
             raise SFTError(f"evaluation: {len(self.paths)} paths, labels {y.shape} and logits {z.shape} do "
                            f"not fit {k} classes; give one path, one label and one row of logits for each "
-                           f"picture.")
+                           f"image.")
         made = {"classes": tuple(self.classes), "paths": list(self.paths), "labels": y, "logits": z}
         for name, value in made.items():
             object.__setattr__(self, name, value)
@@ -79,10 +79,10 @@ class Evaluation:
 # %% ../../nbs/tools/logits.ipynb #f25996f2
 def eval_logits(backbone: Backbone, pixels: np.ndarray, size: int, device="cpu",
                 rows: np.ndarray | None = None) -> torch.Tensor:
-    """Logits (n, classes) of decoded pictures uint8 (n, s, s, 3): the mean over the plain view and its mirror
+    """Logits (n, classes) of decoded images uint8 (n, s, s, 3): the mean over the plain view and its mirror
     image.
 
-    rows: only of these pictures; then `pixels` may be memory-mapped, and no more than a batch of it is in
+    rows: only of these images; then `pixels` may be memory-mapped, and no more than a batch of it is in
     memory.
     """
     rows = np.arange(len(pixels)) if rows is None else np.asarray(rows)
@@ -95,7 +95,7 @@ def eval_logits(backbone: Backbone, pixels: np.ndarray, size: int, device="cpu",
 # %% ../../nbs/tools/logits.ipynb #bc54c996
 def evaluate(backbone: Backbone, pixels: PixelCache, rows: np.ndarray, size: int,
              classes: Sequence[str] | None = None, device="cpu") -> Evaluation:
-    """The `Evaluation` of decoded pictures `rows` at `size` pixels, by `eval_logits`.
+    """The `Evaluation` of decoded images `rows` at `size` pixels, by `eval_logits`.
 
     classes: the names behind the network's outputs where they are not the folder's (a folder may show
     fewer of them). Raises `SFTError` for a class that the network does not know.

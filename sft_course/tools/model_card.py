@@ -79,7 +79,7 @@ def _measured(card: dict, result: Result | None) -> str:
         rows = [
             (
                 _md(c),
-                int(r.pictures),
+                int(r.images),
                 f"{r.recall:.2f} ({r['recall low']:.2f} to {r['recall high']:.2f})",
                 f"{r.precision:.2f}",
             )

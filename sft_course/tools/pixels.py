@@ -201,7 +201,7 @@ def _decode_one(root: Path, f: str, asked: _Asked, levels: tuple[float, float] |
             or isinstance(e, OSError)
             and e.errno not in (None, errno.ENOENT, errno.EACCES, errno.ENAMETOOLONG)
         )
-        found = _problem(f, kind, f"cannot be read as a picture ({reason}); it was left out.")
+        found = _problem(f, kind, f"cannot be read as an image ({reason}); it was left out.")
     now = _state(path)
     if now == before or now and digest and _digest(path) == digest: return found, passing, digest
     return _problem(f, "changed",
@@ -251,7 +251,7 @@ def _decode(asked: _Asked, place: Path) -> _Decoded:
             if not folder.exists(): raise  # another process may have finished the same cache first
         return _cached(folder, asked, passing=True)
     except OSError as e:
-        raise SFTError(f"{place}: decoded pictures cannot be kept there ({e.strerror or e}); make room, or "
+        raise SFTError(f"{place}: decoded images cannot be kept there ({e.strerror or e}); make room, or "
                        "set another `cache` in settings.ini.") from None
     finally: temp and shutil.rmtree(temp, ignore_errors=True)
 

@@ -66,7 +66,7 @@ def _pair(c: Catalog, i: int, j: int, how: str, rest: Sequence[str] = ()) -> lis
     old, (one, two) = printable(a), (printable(c.classes[c.labels[k]]) for k in (i, j))
     if c.part[i] != c.part[j]:
         kinds += [("leak",
-                   f"({c.part[j]}) {how} {old} ({c.part[i]}); a part that knows the other's pictures "
+                   f"({c.part[j]}) {how} {old} ({c.part[i]}); a part that knows the other's images "
                    "measures nothing, so take one away")]
     if c.labels[i] != c.labels[j]:
         kinds += [("two labels", f"({two}) {how} {old} ({one}); one of the labels is wrong")]
@@ -81,7 +81,7 @@ def _crowd(c: Catalog, crowd: np.ndarray) -> Problem:
     parts = ", ".join(f"{n} {p}" for p, n in Counter(c.part[crowd].tolist()).items())
     elsewhere = next((k for k in crowd if c.part[k] != c.part[crowd[0]]), crowd[1])
     return _problem(c.files[elsewhere], "look-alikes",
-                    f"is one of {len(crowd)} pictures that look much alike ({parts}), so of copies among "
+                    f"is one of {len(crowd)} images that look much alike ({parts}), so of copies among "
                     "them only some were found; where they show the same thing (a patient, a film, a day), "
                     "keep that in one part.", c.files[crowd[0]])
 
@@ -102,7 +102,7 @@ def leaks_between_parts(catalog: Catalog) -> tuple[Problem, ...]:
     that look the same, too.
     """
     c = catalog
-    text = ("({}) is the same file as {} ({}); a part that knows the other's pictures measures nothing, "
+    text = ("({}) is the same file as {} ({}); a part that knows the other's images measures nothing, "
             "so take one away.")
     return tuple(_problem(c.files[j], "leak", text.format(c.part[j], printable(c.files[i]), c.part[i]),
                           c.files[i])
@@ -121,7 +121,7 @@ def _head(root: Path, f: str) -> tuple[tuple[int, int] | None, list[Problem]]:
                                       "at it."))
             if im.format != "MPO" and getattr(im, "is_animated", False):
                 found.append(_problem(f, "animated",
-                                      "is animated or has several pages; the first of its pictures was "
+                                      "is animated or has several pages; the first of its images was "
                                       "used."))
             return im.size, found
     except Exception:
@@ -143,7 +143,7 @@ def _shapes(c: Catalog) -> list[Problem]:
     sizes = [(f, *s) for f, (s, _) in zip(c.files, heads) if s]
     long = [(f, w, h) for f, w, h in sizes if max(w, h) > 3 * min(w, h)]
     many = (f"and the network sees the central square only; so it is with {len(long)} of the {len(sizes)} "
-            "pictures.")
+            "images.")
     return (
         _small(sizes)
         + _each(long, len(sizes), "elongated", "and the network sees the central square only.", many)
@@ -185,11 +185,11 @@ def _balance(c: Catalog) -> list[Problem]:
     )
     big = c.classes[learn.argmax()]
     rare = [Problem(k, "imbalance",
-                    f"class {k!r} has {n} pictures to train on, {big!r} has {learn.max()}; look at each "
+                    f"class {k!r} has {n} images to train on, {big!r} has {learn.max()}; look at each "
                     "class's own accuracy.")
             for k, n in zip(c.classes, learn) if n * 10 < learn.max()]
     said = {p.path for p in c.problems if p.kind == "untested"}
-    return rare + [Problem(k, "untested", f"class {k!r} has no test pictures; nothing will be known of it.")
+    return rare + [Problem(k, "untested", f"class {k!r} has no test images; nothing will be known of it.")
                    for k, n in zip(c.classes, test) if not n and k not in said]
 
 # %% ../../nbs/tools/problems.ipynb #5028f1c3
@@ -212,7 +212,7 @@ def describe(catalog: Catalog, problems: tuple[Problem, ...] = (), most: int = 2
     count = {p: np.bincount(catalog.labels[catalog.rows(p)], minlength=len(catalog.classes))
              for p in ("train", "val", "test")}
     lines = [
-        f"{len(catalog)} pictures of {len(catalog.classes)} classes: "
+        f"{len(catalog)} images of {len(catalog.classes)} classes: "
         + ", ".join(f"{n.sum()} {p}" for p, n in count.items())
     ]
     shown = np.argsort(-sum(count.values()), kind="stable")

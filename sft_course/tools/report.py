@@ -122,7 +122,7 @@ def _drawing(inside: str, alt: str, caption: str) -> str:
 # %% ../../nbs/tools/report.ipynb #68c425af
 def _reliability_svg(e: Evaluation, colour: str, shift: float = 0.) -> str:
     "The points of a reliability diagram, joined, each with its interval."
-    rows = [r for r in reliability(e).itertuples() if r.pictures]
+    rows = [r for r in reliability(e).itertuples() if r.images]
     whiskers = "".join(f'<path d="M{_xy(r.confidence + shift, r.low)} L{_xy(r.confidence + shift, r.high)}" '
                        f'stroke="{colour}" opacity=".6"/>' for r in rows)
     dots = "".join('<circle cx="{}" cy="{}" r="3.5" fill="{}"/>'.format(*_xy(r.confidence + shift,
@@ -155,7 +155,7 @@ def _history_svg(history: list[dict]) -> str:
 def _headline(card: dict, test: Evaluation) -> str:
     "The number, how sure it is, and what to compare it with."
     hits, n = int(test.right.sum()), len(test)
-    if not n: return "<p>No test pictures: nothing is known of how well this network does.</p>"
+    if not n: return "<p>No test images: nothing is known of how well this network does.</p>"
     low, high = wilson(hits, n)
     biggest = np.bincount(test.labels, minlength=len(test.classes)).max() / n
     head = (card.get("metrics") or {}).get("head_accuracy")
@@ -163,7 +163,7 @@ def _headline(card: dict, test: Evaluation) -> str:
         f", the linear head on frozen features {_share(head)}." if _number(head) is not None else "."
     )
     return (f'<p class="big">{_share(test.accuracy)}</p><p>accuracy: {hits} of {n} test '
-            f'{"picture" if n == 1 else "pictures"}. With that many pictures the true share lies between '
+            f'{"image" if n == 1 else "images"}. With that many images the true share lies between '
             f'{_share(low)} and {_share(high)} (95 % interval). {compare}</p>')
 
 # %% ../../nbs/tools/report.ipynb #ec8d94a2
@@ -174,7 +174,7 @@ def _data_part(card: dict, test: Evaluation) -> str:
                                                    ("n_val", "of these for validation"),
                                                    ("n_test", "to test on")) if m.get(key) is not None]
     names = ", ".join(_name(c) for c in test.classes)
-    return _part("Data", f"<p>{', '.join(counts) or f'{len(test)} test pictures'}.</p>",
+    return _part("Data", f"<p>{', '.join(counts) or f'{len(test)} test images'}.</p>",
                  f"<p>{k} classes: {names}.</p>" if k <= 20 else _more(f"{k} classes", f"<p>{names}</p>"),
                  _problems(card.get("problems") or []))
 
@@ -205,7 +205,7 @@ def _recipe_part(card: dict, history: list[dict]) -> str:
              if phases else "")
     size, seconds = (card.get("preprocessing") or {}).get("size"), _number(card.get("seconds"))
     facts = [f"Backbone {_name(card.get('backbone', 'unknown'))} (weights: "
-             f"{_name(card.get('weights', 'unknown'))})", f"pictures of {_e(size)} pixels" if size else "",
+             f"{_name(card.get('weights', 'unknown'))})", f"images of {_e(size)} pixels" if size else "",
              f"{seconds:.0f} seconds" if seconds is not None else "", f"chosen on the validation images: "
                                                                       f"{_e(card['chosen'])}"
              if card.get("chosen") else ""]
@@ -231,11 +231,11 @@ def _classes_part(test: Evaluation, most: int = 20) -> str:
     """Recall and precision of each class with intervals; of many classes the ones found least often, the
     others folded."""
     table = per_class(test).sort_values("recall", kind="stable")
-    rows = [[_name(c), str(r.pictures), _share(r.recall), _bar(r.recall, *r[["recall low", "recall high"]]),
+    rows = [[_name(c), str(r.images), _share(r.recall), _bar(r.recall, *r[["recall low", "recall high"]]),
              _share(r.precision), _bar(r.precision, *r[["precision low", "precision high"]])]
-            for c, (_, r) in zip(table.index, table.astype({"pictures": object}).iterrows())]
-    head = ["class", "pictures", "recall", "95 % interval", "precision", "95 % interval"]
-    text = ("<p>Recall: how many of the pictures of a class were found. Precision: how many of those taken "
+            for c, (_, r) in zip(table.index, table.astype({"images": object}).iterrows())]
+    head = ["class", "images", "recall", "95 % interval", "precision", "95 % interval"]
+    text = ("<p>Recall: how many of the images of a class were found. Precision: how many of those taken "
             "for it are it. – stands for a share of nothing.</p>")
     rest = (_more(f"The other {len(rows) - most} classes", _table(head, rows[most:])) if len(rows) > most
             else "")
@@ -243,7 +243,7 @@ def _classes_part(test: Evaluation, most: int = 20) -> str:
 
 def _bar(share: float, low: float, high: float) -> str:
     "A line from 0 to 1 with the interval as a band and the share as a mark."
-    if _number(share) is None: return "no pictures"
+    if _number(share) is None: return "no images"
     band = (f'<rect x="{100 * low:.1f}" y="3" width="{100 * (high - low):.1f}" height="6" fill="var(--good)" '
             f'opacity=".5"/>')
     mark = f'<rect x="{98 * share:.1f}" y="0" width="2" height="12" fill="var(--ink)"/>'
@@ -255,14 +255,14 @@ def _bar(share: float, low: float, high: float) -> str:
 def _confusion_part(test: Evaluation, most: int = 12) -> str:
     "The confusion table; for many classes the pairs most often confused."
     pairs, k = confused_pairs(test, 15), len(test.classes)
-    if not len(pairs): return _part("Confusion", "<p>No test picture was taken for another class.</p>")
+    if not len(pairs): return _part("Confusion", "<p>No test image was taken for another class.</p>")
     rows = [[_name(r[0]), f"taken for {_name(r[1])}", str(r[2]), _share(r[3])]
             for r in pairs.itertuples(index=False, name=None)]
-    listed = _table(["truth", "", "pictures", "share of that class"], rows)
+    listed = _table(["truth", "", "images", "share of that class"], rows)
     if k > most:
         return _part("Confusion", f"<p>With {k} classes a full table is hard to read; these are the pairs "
                                   f"most often confused.</p>", listed)
-    return _part("Confusion", "<p>A row for what the picture is, a column for what the network says.</p>",
+    return _part("Confusion", "<p>A row for what the image is, a column for what the network says.</p>",
                  _matrix(test), _more("The pairs most often confused", listed))
 
 
@@ -293,7 +293,7 @@ def _calibration_part(test: Evaluation, held: Evaluation | None) -> str:
     inside = (_axes("confidence", "accuracy", {x: f"{x:g}" for x in (0, 0.25, 0.5, 0.75, 1)}) + diagonal
               + _reliability_svg(test, "var(--bad)"))
     if t and not at_end: inside += _reliability_svg(with_temperature(test, t), "var(--main)", .008)
-    alt = (f"Accuracy against confidence on {len(test)} test pictures; the mean distance from the diagonal "
+    alt = (f"Accuracy against confidence on {len(test)} test images; the mean distance from the diagonal "
            f"is {ece(test):.3f}.")
     key = ("Pink: as trained" + ("; orange: at that temperature." if t and not at_end else ".")
            + " Upright lines: 95 % intervals. On the diagonal, confidence is accuracy.")
@@ -302,7 +302,7 @@ def _calibration_part(test: Evaluation, held: Evaluation | None) -> str:
 def _calibration_text(test: Evaluation, held: Evaluation | None, t: float | None, at_end: bool) -> str:
     low, high = np.quantile(ece_by_luck(test), (.05, .95))
     text = (f"<p>Mean confidence {_share(test.confidence.mean())}, accuracy {_share(test.accuracy)}. "
-            f"Expected calibration error {ece(test):.3f}; with {len(test)} pictures, confidences that are "
+            f"Expected calibration error {ece(test):.3f}; with {len(test)} images, confidences that are "
             f"true would show {low:.3f} to {high:.3f} by luck alone.</p>")
     if t is None: return text + "<p>There were no validation images to fit a temperature on.</p>"
     if at_end:
@@ -314,17 +314,17 @@ def _calibration_text(test: Evaluation, held: Evaluation | None, t: float | None
 
 # %% ../../nbs/tools/report.ipynb #43cc4da1
 def _jpeg(x: np.ndarray) -> str:
-    "A picture uint8 (s, s, 3) as a data address."
+    "An image uint8 (s, s, 3) as a data address."
     from PIL import Image
-    file, picture = BytesIO(), Image.fromarray(np.ascontiguousarray(x))
-    picture.thumbnail((224, 224))
-    picture.save(file, "JPEG", quality=85)
+    file, image = BytesIO(), Image.fromarray(np.ascontiguousarray(x))
+    image.thumbnail((224, 224))
+    image.save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 def _mistake(e: Evaluation, i: int, said: int, sure: float, shown: np.ndarray, lit: np.ndarray | None) -> str:
-    "A figure: the picture, where the evidence lies, and what was said of it."
+    "A figure: the image, where the evidence lies, and what was said of it."
     truth, taken = e.classes[e.labels[i]], e.classes[said]
-    images = f'<img alt="{_e(f"a picture of {truth} that was taken for {taken}")}" src="{_jpeg(shown)}">'
+    images = f'<img alt="{_e(f"an image of {truth} that was taken for {taken}")}" src="{_jpeg(shown)}">'
     if lit is not None:
         alt = _e(f"the same, grey except where the evidence for {taken} lies")
         images += f'<img alt="{alt}" src="{_jpeg(lit)}">'
@@ -337,12 +337,12 @@ def _mistakes_part(card: dict, test: Evaluation, backbone: Backbone, pixels: np.
     "The mistakes that the network was surest of, each with the places that spoke for the wrong class."
     rows, size = (mistakes(test, most), min((card.get("preprocessing") or {}).get("size") or backbone.size,
                                             pixels.shape[1]))
-    if not len(rows): return _part("Mistakes", "<p>There is none among the test pictures.</p>")
+    if not len(rows): return _part("Mistakes", "<p>There is none among the test images.</p>")
     said, sure, some = test.predictions, test.confidence, np.stack([pixels[i] for i in rows])
     shown = center_crop(some, size)
     try:
         lit, text = (spotlight(shown, _cams(backbone, some, size, said[rows])),
-                     "Right beside each: the picture turns grey where it says nothing for that class "
+                     "Right beside each: the image turns grey where it says nothing for that class "
                      "(Grad-CAM).")
     except Exception as e:
         lit, text = (
@@ -367,10 +367,10 @@ def _cams(backbone: Backbone, pixels: np.ndarray, size: int, labels: np.ndarray)
 def _use_part() -> str:
     "How to load the artifact and ask it."
     code = ('from sft_course import load_artifact\n\nresult = '
-            'load_artifact("this/folder")\nresult.predict("picture.jpg").label')
+            'load_artifact("this/folder")\nresult.predict("photo.jpg").label')
     return _part("Use it", f"<p>Here this/folder stands for the one that <code>fit</code> wrote, with "
                            f"model.safetensors in it.</p><pre>{html.escape(code)}</pre><p>Or from the "
-                           f"command line:</p><pre>sft-course predict this/folder picture.jpg</pre>")
+                           f"command line:</p><pre>sft-course predict this/folder photo.jpg</pre>")
 
 
 def _origin_part(card: dict) -> str:
@@ -388,7 +388,7 @@ def report_html(card: dict, history: list[dict], test: Evaluation, held: Evaluat
                 backbone: Backbone, pixels: np.ndarray) -> str:
     """The report of a fine-tuned network: one HTML page that refers to nothing outside itself.
 
-    card, history: as in an artifact; test: on the reported pictures, whose `pixels` are uint8 (n, s, s,
+    card, history: as in an artifact; test: on the reported images, whose `pixels` are uint8 (n, s, s,
     3); held: on the held-back ones.
     """
     title = f"{len(test.classes)} classes, {card.get('backbone', 'a network')}"

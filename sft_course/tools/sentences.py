@@ -7,7 +7,7 @@ __all__ = ['MINILM_SHA256', 'minilm_folder', 'Encoder', 'open_encoder', 'Texts',
            'read_texts', 'text_problems']
 
 # %% ../../nbs/tools/sentences.ipynb #e14b4971
-import csv, hashlib, importlib.util, io, json
+import csv, hashlib, importlib.util, io, json, re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,13 +110,26 @@ def _json_rows(text: str, name: str) -> Iterator[tuple[int, dict]]:
     for line, content in enumerate(text.split("\n"), 1):
         if not content.strip(): continue
         try: row = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise SFTError(f"{name}, line {line}: broken JSON; write one object in each line.") from None
         if not isinstance(row, dict):
             raise SFTError(f"{name}, line {line}: not a JSON object; write one object in each line.")
         yield line, row
 
+def _require_closed(text: str, name: str, comma: str) -> None:
+    "Raise `SFTError` where a quote is not closed, which would make one text of all that follows."
+    reader, line = csv.reader(io.StringIO(text, newline=""), delimiter=comma, strict=True), 1
+    try:
+        for _ in reader: line = reader.line_num + 1
+    except csv.Error as e:
+        if "unexpected end" in str(e):
+            raise SFTError(f"{name}, line {line}: a quote is not closed; close it, or double it.") from None
+        if "larger than" in str(e):
+            raise SFTError(f"{name}, line {line}: a text of more than {csv.field_size_limit()} characters; "
+                           "is a quote not closed?") from None
+
 def _table_rows(text: str, name: str, comma: str) -> Iterator[tuple[int, dict]]:
+    _require_closed(text, name, comma)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=comma)
     titles, line = next(reader, []), reader.line_num + 1
     for cells in reader:
@@ -136,13 +149,16 @@ def _fields(path: Path) -> list[str]:
         names = next(csv.reader([first], delimiter="\t" if path.suffix.lower() == ".tsv" else ","), [])
         return [name.strip() for name in names]
     try: row = json.loads(first)
-    except ValueError: return []
+    except (ValueError, RecursionError):
+        return re.findall(r'"(\w+)"\s*:', first[:2000])  # broken, and a table for all that
     return list(row) if isinstance(row, dict) else []
 
 def holds_texts(path: str | Path) -> bool:
     "Whether a file is a table of texts: .csv, .tsv or .jsonl with a field `text`."
     path = Path(path)
-    return path.is_file() and path.suffix.lower() in (".csv", ".tsv", ".jsonl") and "text" in _fields(path)
+    try: there = path.is_file()
+    except OSError: return False  # a long text is no name of a file
+    return there and path.suffix.lower() in (".csv", ".tsv", ".jsonl") and "text" in _fields(path)
 
 def label_column(path: str | Path) -> str:
     """The name of the column of labels: `label`, or the only one beside `text`.
@@ -151,6 +167,7 @@ def label_column(path: str | Path) -> str:
     others = [name for name in _fields(Path(path)) if name != "text"]
     if "label" in others: return "label"
     if len(others) == 1: return others[0]
+    if not others and Path(path).suffix.lower() == ".jsonl": return "label"  # reading says what is wrong
     found = f"there are {', '.join(others)}" if others else "there is no other column"
     raise SFTError(f"{path}: which column holds the labels? Beside text {found}; name one of them label.")
 
@@ -181,14 +198,23 @@ def read_texts(path: str | Path, text: str = "text", label: str = "label") -> Te
                 raise SFTError(f"{path.name}, line {line}: there is no {column!r}, "
                                f"only {', '.join(map(str, row))}; "
                                "say which columns hold texts and labels.")
+        _require_text(row[text], f"{path.name}, line {line}")
     lines, found = zip(*rows)
     return Texts(tuple(str(r[text]) for r in found), tuple(str(r[label]) for r in found), lines, path.name)
+
+def _require_text(value: Any, where: str) -> None:
+    "Raise `SFTError` for what is no text, or one that no tokenizer reads."
+    if isinstance(value, (list, dict)):
+        raise SFTError(f"{where}: the text is a {type(value).__name__}; write it as one text.")
+    if re.search("[\ud800-\udfff]", str(value)):
+        raise SFTError(f"{where}: the text holds half a character; write the file again as UTF-8.")
 
 # %% ../../nbs/tools/sentences.ipynb #2113c260
 def text_problems(train: Texts, test: Texts | None = None) -> list[Problem]:
     """What a person should know before training: empty texts, equal texts with different labels, labels that
-    occur once, texts that training and test share, labels that only the test has."""
-    found = [*_empty(train), *_contradictions(train), *_singles(train)]
+    occur once, are empty or differ in case alone, texts that training and test share, labels that only the
+    test has."""
+    found = [*_empty(train), *_odd_labels(train), *_contradictions(train), *_singles(train)]
     return found + ([*_empty(test), *_shared(train, test)] if test else [])
 
 def _plain(text: str) -> str: return " ".join(text.lower().split())
@@ -219,6 +245,18 @@ def _singles(data: Texts) -> Iterator[Problem]:
             yield Problem(data.name, "label once",
                           f"{data.name}: label {label!r} occurs once, so it cannot be both "
                           "trained and validated; add items, or merge it with another label.")
+
+def _odd_labels(data: Texts) -> Iterator[Problem]:
+    for label, line in zip(data.labels, data.lines):
+        if not label.strip():
+            yield Problem(data.name, "empty label",
+                          f"{data.name}, line {line}: the label is empty; fill it, or remove the item.")
+    alike = defaultdict(list)
+    for label in data.classes: alike[_plain(label)].append(repr(label))
+    for names in alike.values():
+        if len(names) > 1:
+            yield Problem(data.name, "labels alike", f"{data.name}: labels {' and '.join(names)} differ only "
+                          "in case or spaces; write them alike.")
 
 # %% ../../nbs/tools/sentences.ipynb #5a522fd0
 def _shared(train: Texts, test: Texts) -> Iterator[Problem]:

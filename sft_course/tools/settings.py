@@ -51,7 +51,7 @@ class Settings:
     "What a run is made of. `load_settings` reads it; `origin` remembers where each value came from."
 
     dataset: str = _setting(
-        "blooms, flowers102, oxford_pets, or the path of a folder of labelled pictures", bool
+        "blooms, flowers102, oxford_pets, or the path of a folder of labelled images", bool
     )
     backbone: str = _setting("lite0, a model name of torchvision or timm, or hf-hub:owner/name", bool)
     image_size: int = _whole(32, 1024)
@@ -72,7 +72,7 @@ class Settings:
 
     @property
     def cache_dir(self) -> Path:
-        """Where drawn data, decoded pictures and activations are kept: `cache`, else
+        """Where drawn data, decoded images and activations are kept: `cache`, else
         `$XDG_CACHE_HOME/sft_course`.
         """
         if self.cache:

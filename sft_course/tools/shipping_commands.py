@@ -16,7 +16,7 @@ from .settings import expanded, load_settings, SFTError
 from .terminal import plain, progress, typed_path
 
 # %% ../../nbs/tools/shipping_commands.ipynb #sc83b8d1
-_FORMATS = ("onnx", "torch", "timm", "transformers")
+_FORMATS = ("onnx", "torch", "timm", "transformers", "keras")
 
 
 def _format(text: str) -> str:

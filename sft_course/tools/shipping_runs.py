@@ -155,7 +155,7 @@ def _served(folder: Path, batch: int) -> tuple[subprocess.Popen, str]:
 def _megabytes(pid: int) -> float:
     "The largest resident memory of a process so far; NaN where Linux is not there to ask."
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     except OSError:
         return float("nan")
     return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("VmHWM"))

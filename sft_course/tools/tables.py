@@ -153,8 +153,8 @@ def _csv_problem(top: str, path: str, within: bool = True) -> Problem | None:
     full = os.path.join(top, path)
     if _suffix(path) and not _is_picture(path): return _not_a_picture(path)
     if not _suffix(path) and os.path.exists(full) and not _holds_image(full):
-        return _problem(path, "not a picture",
-                        "has no extension and is no picture by its content; it was left out.")
+        return _problem(path, "not an image",
+                        "has no extension and is no image by its content; it was left out.")
     if not os.path.isfile(full):
         return _problem(path, "missing", "is in the CSV and not on the disk; it was left out.")
     if within and not os.path.realpath(full).startswith(os.path.join(top, "")):
@@ -184,8 +184,8 @@ def _table_rows(name: str, top: str, rows: list[tuple[str, str, str]],
     ]
     good = [row for row, p in zip(rows, wrong) if not p]
     if good: return good, problems
-    raise _failed(f"{name}: none of its {len(rows)} paths is a "
-                  f"picture{': ' * bool(problems)}{_first(problems)}; paths are relative to "
+    raise _failed(f"{name}: none of its {len(rows)} paths is an "
+                  f"image{': ' * bool(problems)}{_first(problems)}; paths are relative to "
                   f"{'the folder of the CSV' if within else 'the working directory'}.", problems)
 
 # %% ../../nbs/tools/tables.ipynb #09fbe18d

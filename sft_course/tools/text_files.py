@@ -30,6 +30,8 @@ def fit_text_file(file: str | Path, out: str | Path, test: str | Path | None = N
     that was stopped goes on. Raises `SFTError` for what cannot be read or trained on."""
     file, out, began = expanded(file), expanded(out), time.perf_counter()
     data = read_texts(file, label=label_column(file))
+    if len(data.classes) < 2:
+        raise SFTError(f"{data.name}: there is one label, {data.classes[0]!r}; two are needed to tell apart.")
     other = read_texts(expanded(test), label=label_column(expanded(test))) if test else None
     problems = [p.message for p in text_problems(data, other)]
     with claimed(out):

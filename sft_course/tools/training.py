@@ -91,7 +91,8 @@ def _some_steps(part, train, order, optimizer, rate, epoch, seed, done: dict, as
                 **how) -> dict[str, Any]:
     """The steps of an epoch that are not `done` yet, until there are none left or a stop is `asked` for; how
     many are done then, and their mean loss."""
-    start, before = done.get("steps", 0), sum(len(rows) for rows in order[:done.get("steps", 0)])
+    start, before, terms = done.get("steps", 0), done.get("terms", 0), []
+    if loss := how.get("loss"): how = how | {"loss": _counting(loss, terms)}
     def wanted():
         for rows in order[start:]:
             yield rows
@@ -103,11 +104,19 @@ def _some_steps(part, train, order, optimizer, rate, epoch, seed, done: dict, as
             torch.set_rng_state(done["random"]["cpu"])
             done["random"]["cuda"] and torch.cuda.set_rng_state_all(done["random"]["cuda"])
         first = epoch * len(order) + start
-        loss, step = train_epoch(part, *train, wanted(), optimizer, rate, first, **how)
-        now = sum(len(rows) for rows in order[start:start + step - first])
-        return {"steps": start + step - first,
-                "loss": (done.get("loss", 0.) * before + loss * now) / (before + now),
+        mean, step = train_epoch(part, *train, wanted(), optimizer, rate, first, **how)
+        now = sum(terms) if terms else sum(len(rows) for rows in order[start:start + step - first])
+        return {"steps": start + step - first, "terms": before + now,
+                "loss": (done.get("loss", 0.) * before + mean * now) / (before + now),
                 "random": _random_state()}
+
+def _counting(loss: Callable, terms: list[int]) -> Callable:
+    "The same loss, which also notes how many terms it has summed up: images, pixels, or tokens."
+    def noted(outputs, targets):
+        total, count = loss(outputs, targets)
+        terms.append(int(count))
+        return total, count
+    return noted
 
 def _over(history: list[dict], patience: int | None, enough: Callable[[list[dict]], bool] | None) -> bool:
     "Whether training should stop before its last epoch."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GREEN', 'ORANGE', 'GREY', 'REACH', 'FROZEN', 'TRAINED', 'ORDERS', 'Drawing', 'draw_logits', 'logits_widget',
            'draw_stages', 'stage_explorer', 'draw_schedule', 'schedule_explorer', 'sift', 'draw_pictures', 'browse',
-           'upload_widget', 'draw_history', 'LiveCurve', 'show_diff']
+           'upload_widget', 'answers_widget', 'draw_history', 'LiveCurve', 'show_diff']
 
 # %% ../../nbs/tools/widgets.ipynb #209de5be
 import ast, base64, difflib, html, inspect, math, textwrap
@@ -53,7 +53,7 @@ def _sentence(names: Sequence[str], label: int, p: list[float], g: list[float], 
     rival = max((k for k in range(len(names)) if k != label), key=lambda k: g[k])
     say = f"The label is {names[label]}. It gets probability {p[label]:.2f}, so the loss is {loss:.2f} nats. "
     if -g[label] < 0.005:
-        return say + "The gradient is almost zero: there is nothing left to learn from this picture."
+        return say + "The gradient is almost zero: there is nothing left to learn from this image."
     return say + (
         f"A step against the gradient raises the logit of {names[label]} (gradient −{-g[label]:.2f}) "
         f"and lowers that of {names[rival]} most (gradient {g[rival]:.2f})."
@@ -225,7 +225,7 @@ def _figure(value: float) -> str:
 # %% ../../nbs/tools/widgets.ipynb #328fdbff
 def draw_stages(rows: Sequence[dict], train: int) -> Drawing:
     """The stages of a network in order, the upper `train` of them trained; `rows`: what `stage_costs` returns
-    for one picture.
+    for one image.
 
     An operation is a multiply-add; in a trained stage it is counted three times, since the backward pass
     takes about two forward passes. Raises `SFTError` where `train` is not from 1 to the number of stages.
@@ -268,7 +268,7 @@ def _stage_text(rows: Sequence[dict], train: int) -> str:
     say = (
         f"{who}: {_figure(t['parameters'] / 1e3)} thousand parameters ({part['parameters']} of "
         f"all), {_figure(t['megabytes'])} MB of activations kept "
-        f"for each picture of a batch ({part['megabytes']}), {part['operations']} of the "
+        f"for each image of a batch ({part['megabytes']}), {part['operations']} of the "
         "operations of training all"
     )
     return say + (f", {part['cached']} where what the frozen stages put out is kept." if train < n else ".")
@@ -300,8 +300,8 @@ def stage_explorer(backbone: Backbone, size: int | None = None, train: int = 1, 
     """A slider for the number of stages, from the top, that train, wired to `draw_stages`: an
     `ipywidgets.VBox`.
 
-    size: of the pictures, in pixels (None: the network's own); live: as in `logits_widget`. The network is
-    run once, on an empty picture.
+    size: of the images, in pixels (None: the network's own); live: as in `logits_widget`. The network is
+    run once, on an empty image.
     """
     rows = stage_costs(backbone, size or backbone.size)
     if not (kernel_runs() if live is None else live):
@@ -479,7 +479,7 @@ def sift(
     which: str = "all",
     order: str = ORDERS[0],
 ) -> np.ndarray:
-    """Indices of the pictures of class `truth` that were taken for class `said` (None: any): `which` of them,
+    """Indices of the images of class `truth` that were taken for class `said` (None: any): `which` of them,
     `all`, `right` or `wrong`, in that `order`, one of ORDERS.
 
     Raises `SFTError` for what is not a class of `e`, or none of the choices.
@@ -499,7 +499,7 @@ def sift(
 
 # %% ../../nbs/tools/widgets.ipynb #eaeb3541
 def _thumbnail(x: np.ndarray, side: int = 112) -> str:
-    """A picture uint8 (s, s, 3), at most `side` wide, as a data address: it stands inside the drawing and
+    """An image uint8 (s, s, 3), at most `side` wide, as a data address: it stands inside the drawing and
     needs no file.
     """
     file, image = BytesIO(), Image.fromarray(np.ascontiguousarray(x))
@@ -540,7 +540,7 @@ def draw_pictures(
     pixels: np.ndarray,
     rows: Sequence[int],
     page: int = 1,
-    what: str = "pictures",
+    what: str = "images",
     per_page: int = 12,
 ) -> Drawing:
     """A page of those of `rows` of an evaluation, whose `pixels` are uint8 (n, s, s, 3): each with its label,
@@ -549,7 +549,7 @@ def draw_pictures(
     if len(pixels) != len(e):
         raise SFTError(
             (
-                f"browse: {len(pixels)} pictures and an evaluation of {len(e)}; give the pictures that "
+                f"browse: {len(pixels)} images and an evaluation of {len(e)}; give the images that "
                 "were evaluated, in the same order."
             )
         )
@@ -579,10 +579,10 @@ def browse(found: Result | Evaluation, pixels: np.ndarray | None = None, live: b
     """Controls for truth, prediction, right or wrong, order and page, wired to `sift` and `draw_pictures`: an
     `ipywidgets.VBox`.
 
-    found: a `Result` that was just fitted, which knows its test pictures, or an `Evaluation` with its
+    found: a `Result` that was just fitted, which knows its test images, or an `Evaluation` with its
     `pixels`, uint8 (n, s, s, 3).
     live: as in `logits_widget`; without a kernel the mistakes are drawn. Raises `SFTError` where the
-    pictures are missing.
+    images are missing.
     """
     e, pixels = (
         (found, pixels)
@@ -592,12 +592,12 @@ def browse(found: Result | Evaluation, pixels: np.ndarray | None = None, live: b
     if e is None or pixels is None:
         raise SFTError(
             (
-                "browse: there are no pictures to show; give a Result of fine_tune, or an Evaluation "
+                "browse: there are no images to show; give a Result of fine_tune, or an Evaluation "
                 "and its pixels."
             )
         )
     if not (kernel_runs() if live is None else live):
-        return draw_pictures(e, pixels, sift(e, which="wrong"), what="wrong pictures, least sure first")
+        return draw_pictures(e, pixels, sift(e, which="wrong"), what="wrong images, least sure first")
     *_, which, order, page = controls = _browse_controls(e.classes)
     kept = lru_cache(lambda *choices: sift(e, *choices))
 
@@ -606,7 +606,7 @@ def browse(found: Result | Evaluation, pixels: np.ndarray | None = None, live: b
         return kept(truth, said, which.value, order.value)
 
     def what():
-        return f"{'' if which.value == 'all' else which.value + ' '}pictures, {order.value}"
+        return f"{'' if which.value == 'all' else which.value + ' '}images, {order.value}"
 
     def turn_back(_=None):
         page.max, page.value = max(1, math.ceil(len(rows()) / 12)), 1
@@ -669,6 +669,35 @@ def upload_widget(result: Result, live: bool | None = None):
 
     button.observe(show, "value")
     return w.VBox([button, place])
+
+# %% ../../nbs/tools/widgets.ipynb #aw000002
+def _answers(models: dict[str, Callable[[str], str]], prompt: str) -> str:
+    "A table of what each model answers to a prompt."
+    if not prompt.strip():
+        return "<p>Write a prompt, and press Enter.</p>"
+    rows = ""
+    for name, answer in models.items():
+        try: said = _clean(answer(prompt.strip()))
+        except Exception as e: said = f"<em>no answer ({_clean(str(e)[:120])})</em>"
+        rows += f'<tr><th scope="row">{_clean(name)}</th><td style="text-align: left">{said}</td></tr>'
+    return f'<table role="status">{rows}</table>'
+
+def answers_widget(models: dict[str, Callable[[str], str]], prompt: str = "", live: bool | None = None):
+    """A box for a prompt, and under it what each of `models`, functions from prompt to answer, says to it
+    when Enter is pressed.
+
+    Where no kernel runs (or `live` is False), a sentence in its place.
+    """
+    if not (kernel_runs() if live is None else live):
+        return "Run this cell to ask both models a question of your own."
+    import ipywidgets as w
+
+    box = w.Text(value=prompt, placeholder="your prompt", description="prompt", continuous_update=False,
+                 layout={"width": "40em"})
+    place = w.HTML(_answers(models, ""))
+    def show(change): place.value = _answers(models, change["new"])
+    box.observe(show, "value")
+    return w.VBox([box, place])
 
 # %% ../../nbs/tools/widgets.ipynb #d2ece1dc
 def _finite(row: dict, key: str) -> float | None:

@@ -1,6 +1,6 @@
 """What every peer is given, and how it is timed. Imported in the child process only; the parent stays light (see bench.py).
 
-The clock starts after all imports. Evaluations on the reported pictures that a peer makes after its epochs are off the clock,
+The clock starts after all imports. Evaluations on the reported images that a peer makes after its epochs are off the clock,
 because a user who only wants the network would not make them: a point (seconds, accuracy) says after how many seconds the
 accuracy would have been known if the run had evaluated there and nowhere before. So its seconds are the training up to there
 plus that one evaluation.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-# Processes that decode pictures for a DataLoader. With two cores, two were not slower than one or none for any peer.
+# Processes that decode images for a DataLoader. With two cores, two were not slower than one or none for any peer.
 WORKERS = int(os.environ.get("BENCH_WORKERS", 2))
 
 

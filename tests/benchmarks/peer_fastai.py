@@ -3,7 +3,7 @@
 
 The body's weights are the bundled ones, loaded after `pretrained=False` (nothing is downloaded); the head is fastai's own, the
 cut between body and head too; `fine_tune` itself freezes the body for its first epoch. Rate and everything else are defaults,
-except the batch of 32 instead of 64: its loader drops the last incomplete batch, and with 64 a data set of 244 pictures would
+except the batch of 32 instead of 64: its loader drops the last incomplete batch, and with 64 a data set of 244 images would
 give three steps an epoch. The frozen epoch comes on top of the ten, as `fine_tune` counts.
 """
 # user code begins

@@ -2,7 +2,7 @@
 """What a practised hand does instead of all of them: timm's features of the frozen network, once, into scikit-learn's logistic
 regression.
 
-The plain view of every picture, as timm's own evaluation transform makes it; pooled features of the last layer; the default
+The plain view of every image, as timm's own evaluation transform makes it; pooled features of the last layer; the default
 penalty. Standardising the features, another C, or cross-validation over C gave 0.93 to 0.95 on ants_bees (as it is: 0.93) and
 0.67 to 0.70 on Blooms (as it is: 0.71), and cross-validation took seconds more.
 """

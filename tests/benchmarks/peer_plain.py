@@ -4,8 +4,8 @@ after seven epochs, random crops and mirror images.
 
 As in that example but for three things. Ten epochs, as for every trainer here, not twenty-five. Batches of 32, not 4, which
 is eight times fewer steps; so the rate is eight times 0.001 (Goyal et al. 2017: rate in proportion to the batch).
-And the accuracy reported is that of the last epoch: the example keeps the epoch that the reported pictures like best, which is
-choosing on the pictures one reports.
+And the accuracy reported is that of the last epoch: the example keeps the epoch that the reported images like best, which is
+choosing on the images one reports.
 """
 # user code begins
 import torch

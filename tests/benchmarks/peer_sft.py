@@ -2,7 +2,7 @@
 """sft_course, as it is used: the one call, with its default recipe.
 
 Nothing of the recipe is changed. To see accuracies on the way, every FineTuner is given a `watch`, which the library calls after
-the head and after every epoch. The head's accuracy on the reported pictures is known there already and costs nothing more; that
+the head and after every epoch. The head's accuracy on the reported images is known there already and costs nothing more; that
 of an epoch is measured for the curve only, off the clock. The last point is what the call returns, when it returns it.
 """
 # user code begins

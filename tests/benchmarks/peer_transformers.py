@@ -3,8 +3,8 @@
 and mirror images, timm's network in transformers' own `TimmWrapper`.
 
 Departures from the guide: ten epochs, not three; batches of 16 without its four-fold accumulation of gradients, which would leave
-four steps an epoch on 244 pictures; a rate of 5e-4, not 5e-5, which is meant for transformers and many more steps (with it, ten
-epochs left this network at 0.72 on ants_bees at 96 pixels); the same pictures read by torchvision's ImageFolder instead of the
+four steps an epoch on 244 images; a rate of 5e-4, not 5e-5, which is meant for transformers and many more steps (with it, ten
+epochs left this network at 0.72 on ants_bees at 96 pixels); the same images read by torchvision's ImageFolder instead of the
 datasets library. Evaluation every epoch, no saving and no logging service.
 """
 # user code begins

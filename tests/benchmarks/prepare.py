@@ -1,4 +1,4 @@
-"""One data set for all: `train/` and `val/` with the same pictures for every peer. Run by bench.py in a process of its own.
+"""One data set for all: `train/` and `val/` with the same images for every peer. Run by bench.py in a process of its own.
 
 Only files that every reader takes are in it (torchvision's ImageFolder knows no GIF, and what PIL cannot decode ends every
 peer but ours). They are links to the originals. What is not reported on is all there to learn from; who wants to hold some of
@@ -32,7 +32,7 @@ def readable(path):
 
 
 def few(catalog, train, val):
-    "At most so many pictures a class of each part."
+    "At most so many images a class of each part."
     rows = []
     for c in range(len(catalog.classes)):
         for reported, most in ((False, train), (True, val)):
@@ -41,7 +41,7 @@ def few(catalog, train, val):
 
 
 def link(catalog, folder):
-    "Links to the pictures under `folder/train` and `folder/val`."
+    "Links to the images under `folder/train` and `folder/val`."
     for f, label, part in zip(catalog.files, catalog.labels, catalog.part, strict=True):
         place = folder / ("val" if part == "test" else "train") / catalog.classes[label]
         place.mkdir(parents=True, exist_ok=True)

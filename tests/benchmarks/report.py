@@ -179,12 +179,12 @@ TARGETS = {
     "throughput": (
         "throughput, all layers training, data included", "≥ 0.95 of a bare step on tensors in memory",
         lambda m: m["ours"] / m["reference"],
-        lambda v, m: f"{v:.2f} ({m['ours']:.1f} of {m['reference']:.1f} pictures/s)",
+        lambda v, m: f"{v:.2f} ({m['ours']:.1f} of {m['reference']:.1f} images/s)",
         lambda v, m: v >= .95),
     "memory": (
         "peak memory when the data grow tenfold, beyond the model's own", "≤ 1.1 ×",
         lambda m: m["ours"] / m["reference"],
-        lambda v, m: f"{v:.2f} × ({m['ours'] / 1e6:.0f} of {m['reference'] / 1e6:.0f} MB, {m['many']} of {m['few']} pictures; "
+        lambda v, m: f"{v:.2f} × ({m['ours'] / 1e6:.0f} of {m['reference'] / 1e6:.0f} MB, {m['many']} of {m['few']} images; "
                      f"with pages of mapped files {m['all_many'] / m['all_few']:.2f} ×)",
         lambda v, m: v <= 1.1),
     "import": (
@@ -211,7 +211,7 @@ def render(rows, lines, code=None):
     for data, peers in by_data(rows).items():
         r = next(iter(peers.values()))[0]
         seeds = ", ".join(sorted({str(x["seed"]) for rs in peers.values() for x in rs}))
-        parts.append(f"**{data}**, {r['train']} pictures to learn from, {r['val']} to report on, {r['classes']} classes, {r['size']} px, "
+        parts.append(f"**{data}**, {r['train']} images to learn from, {r['val']} to report on, {r['classes']} classes, {r['size']} px, "
                      f"seeds {seeds}, {r['threads']} threads:\n\n{peer_table(peers, lines)}")
     judgements = [x for d, peers in by_data(rows).items() for x in peer_targets(d, peers)] + own_targets(rows)
     if judgements:
@@ -266,8 +266,8 @@ def draw(rows, path):
             ax.plot(t, a, color=COLOURS[p], lw=2.2, drawstyle="steps-post", label=NAMES[p].replace("`", ""))
             ax.plot(t[-1], a[-1], "o", color=COLOURS[p])
         first = next(iter(peers.values()))[0]
-        ax.set(xscale="log", xlabel="seconds on the clock (logarithmic)", ylabel="accuracy on the reported pictures",
-               title=f"{data}: {first['train']} pictures, {first['size']} px")
+        ax.set(xscale="log", xlabel="seconds on the clock (logarithmic)", ylabel="accuracy on the reported images",
+               title=f"{data}: {first['train']} images, {first['size']} px")
         ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter("{x:g}"), minor_formatter=NullFormatter())
         ax.grid(alpha=.3), ax.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(frameon=False, fontsize=8)

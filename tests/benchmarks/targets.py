@@ -33,7 +33,7 @@ def upper_phase():
 
 
 def head(folder, size, cache):
-    """The whole head phase from files to accuracy, beside decoding every picture once and a bare forward pass over tensors in
+    """The whole head phase from files to accuracy, beside decoding every image once and a bare forward pass over tensors in
     memory. Three times each in turn, the medians; opening the network is in neither, and listing the files in both."""
     import torch
 
@@ -70,7 +70,7 @@ def head(folder, size, cache):
 def head_epoch(folder, size, cache):
     """One more pass of the head's solver over all training features, beside one epoch of the usual way: read, crop, run the frozen
     network without a graph, step the head. Whole fits of the head are timed (not those of its cross-validation, which see fewer
-    pictures), and their passes counted inside torch's LBFGS."""
+    images), and their passes counted inside torch's LBFGS."""
     import torch
 
     import sft_course.recipe as recipe
@@ -165,7 +165,7 @@ def rounded(lower, size):
 
 
 def throughput(folder, size, cache):
-    """Pictures a second with all layers training, from the decoded pictures to the step, beside the same step (mode, optimiser and
+    """Images a second with all layers training, from the decoded images to the step, beside the same step (mode, optimiser and
     batch) on tensors already in memory, before and after."""
     import torch
 
@@ -214,7 +214,7 @@ def memory(folder, size, cache):
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     few, many = run(10), run(1)
     return {"ours": many["anonymous"], "reference": few["anonymous"], "all_many": many["all"], "all_few": few["all"],
-            "many": many["pictures"], "few": few["pictures"]}
+            "many": many["images"], "few": few["images"]}
 
 
 def _memory_of(folder, size, cache, share):
@@ -247,7 +247,7 @@ def _memory_of(folder, size, cache, share):
     tuner.measure()
     done.set()
     watcher.join()
-    return {"anonymous": peak["anonymous"] - before["anonymous"], "all": peak_bytes() - before["all"], "pictures": int(keep.sum())}
+    return {"anonymous": peak["anonymous"] - before["anonymous"], "all": peak_bytes() - before["all"], "images": int(keep.sum())}
 
 
 def import_time(folder, size, cache):

@@ -1,4 +1,4 @@
-"""Chromium, a JupyterLab on copies of the notebooks, and a place for pictures of what was seen.
+"""Chromium, a JupyterLab on copies of the notebooks, and a place for images of what was seen.
 
 These tests run by themselves, `make test-browser`. They need Debian's `chromium` (or CHROMIUM=/path/to/one) and the package playwright.
 BROWSER_SHOTS=DIR keeps the screenshots there; otherwise they go to a temporary folder, whose path is printed at the end.

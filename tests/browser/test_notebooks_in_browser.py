@@ -100,7 +100,7 @@ def test_choices_answer_to_the_keyboard(visit, shot):
     pictures = output_of(seen, "prediction")
     pictures.get_by_role("button", name="right", exact=True).focus()
     _, _, now = changed(seen, pictures, lambda: seen.page.keyboard.press("Space"))
-    assert "right pictures" in now and pictures.locator("svg image").count() == 12
+    assert "right images" in now and pictures.locator("svg image").count() == 12
     pictures.screenshot(path=shot("widget-browse-right"))
 
 

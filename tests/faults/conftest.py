@@ -92,8 +92,8 @@ def forks(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    "Pictures that those runs learn from."
-    return pictures(tmp_path_factory.mktemp("data") / "pictures")
+    "Images that those runs learn from."
+    return pictures(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
 """Files that go wrong, each with the fault it stands for. Everything is drawn from a seed; nothing is downloaded.
 
-`corpus(rng, times)` yields `Bad` files; `lay_out` writes them between good pictures. What must become of each:
+`corpus(rng, times)` yields `Bad` files; `lay_out` writes them between good images. What must become of each:
 
 - `out`: left out and named;
-- `kept`: it is a picture, whatever its name or mode says;
-- `whole`: left out and named, or else pixel for pixel the picture it was made from (never half of it);
+- `kept`: it is an image, whatever its name or mode says;
+- `whole`: left out and named, or else pixel for pixel the image it was made from (never half of it);
 - `block`: the same, but the last block of 16 × 16 pixels may be spoilt: where a JPEG ends within that, its decoder makes up the rest;
-- `any`: left out and named, or some picture: a flipped bit cannot always be seen.
+- `any`: left out and named, or some image: a flipped bit cannot always be seen.
 """
 import io
 import struct
@@ -25,11 +25,11 @@ class Bad:
     data: bytes
     fate: str
     says: str = ""  # words that the sentence about it must hold
-    like: str = ""  # the picture it was made from, for `whole` and `block`
+    like: str = ""  # the image it was made from, for `whole` and `block`
 
 
 def blob(rng, size=(96, 80), mode="RGB"):
-    "A smooth random picture, unlike any other."
+    "A smooth random image, unlike any other."
     x = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     return x.resize(size, Image.Resampling.BICUBIC).convert(mode)
 
@@ -46,7 +46,7 @@ FORMATS = {
 
 
 def wholes(rng):
-    "One sound picture of every format; those below are damaged copies of them."
+    "One sound image of every format; those below are damaged copies of them."
     return {ext: encoded(blob(rng), kind, **options) for ext, (kind, options) in FORMATS.items()}
 
 
@@ -96,7 +96,7 @@ def zeros(n):
 
 
 def bombs(rng):
-    "Small files that are large pictures, and heads that promise more than there is."
+    "Small files that are large images, and heads that promise more than there is."
     side = 12_000  # 144 million pixels: PIL warns, and would decode 0.4 to 1.2 GB
     yield Bad("decompression bomb", "bomb-rgb.png", png(side, side, 8, 2, zeros(side * (side * 3 + 1))), "out", "million pixels")
     yield Bad("decompression bomb", "bomb-grey.png", png(side, side, 8, 0, zeros(side * (side + 1))), "out", "million pixels")
@@ -122,7 +122,7 @@ def bombs(rng):
 
 
 def odd_modes(rng):
-    "Sound pictures that a naive reader gets wrong."
+    "Sound images that a naive reader gets wrong."
     odd = "16-bit, CMYK, palette, float, alpha"
     def kept(name, data): return Bad(odd, name, data, "kept")
     deep = (np.asarray(blob(rng, mode="L")).astype(np.uint16) * 257)
@@ -157,7 +157,7 @@ def odd_modes(rng):
 
 
 def broken_exif(rng):
-    "Turned pictures whose EXIF is damaged: the picture is whole, only its note is not."
+    "Turned images whose EXIF is damaged: the image is whole, only its note is not."
     exif = Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x8769] = 6, "maker", {0x9003: "2020:01:01 00:00:00"}
     good = encoded(blob(rng), "JPEG", exif=exif)
@@ -179,7 +179,7 @@ def lies(rng, whole):
     for ext, data in whole.items():
         wrong = "jpg" if "jpg" not in ext else "png"
         yield Bad("wrong extension", f"really-{ext}.{wrong}", data, "kept")
-        yield Bad("wrong extension", f"hidden-{ext}.txt", data, "out", "not a picture by its name")
+        yield Bad("wrong extension", f"hidden-{ext}.txt", data, "out", "not an image by its name")
     for ext in ("jpg", "png", "gif", "bmp", "webp", "tif", "ppm"):
         yield Bad("zero bytes", f"empty.{ext}", b"", "out", "is empty")
         yield Bad("nothing but zeros or noise", f"zeros.{ext}", bytes(5000), "out")
@@ -189,7 +189,7 @@ def lies(rng, whole):
     texts = (svg, "SVG"), (svg[22:], "SVG"), (b"\xef\xbb\xbf" + svg, "SVG"), (html, "web page"), (b"\n " + html.lower(), "web page")
     for k, (data, says) in enumerate(texts):
         yield Bad("SVG and HTML named .jpg", f"text{k}.jpg", data, "out", says)
-    yield Bad("SVG and HTML named .jpg", "drawing.svg", svg, "out", "not a picture by its name")
+    yield Bad("SVG and HTML named .jpg", "drawing.svg", svg, "out", "not an image by its name")
     yield Bad("other files named .jpg", "error.jpg", b'{"error": "not found"}', "out")
     yield Bad("other files named .jpg", "pickle.jpg", b"cos\nsystem\n(S'touch EXECUTED'\ntR.", "out")
     yield Bad("other files named .jpg", "script.jpg", b"#!/bin/sh\ntouch EXECUTED\n", "out")
@@ -220,7 +220,7 @@ def corpus(rng, times=1):
     yield from lies(rng, whole)
     for name in NAMES + [b.decode("utf-8", "surrogateescape") for b in BYTES]:
         yield Bad("odd names", name, encoded(blob(rng), "JPEG"), "kept")
-        yield Bad("odd names", "bad " + name if len(name) < 200 else "y" + name[1:], b"no picture", "out")
+        yield Bad("odd names", "bad " + name if len(name) < 200 else "y" + name[1:], b"no image", "out")
 
 
 def lay_out(root: Path, classes=("left", "right"), n=16, seed=0):

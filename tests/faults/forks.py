@@ -2,7 +2,7 @@
 
 `Forks.run(spec)` runs one small fine-tuning in a child and returns what came of it; `Forks.spawn` and `Forks.wait` do it in two
 steps, so that the child can be killed in between. A spec is a dict, see `child`. The networks have random weights and the labels of
-the pictures mean nothing: no head is ever perfect, so every phase runs."""
+the images mean nothing: no head is ever perfect, so every phase runs."""
 
 import contextlib
 import errno
@@ -35,7 +35,7 @@ def plan(name):
 
 
 def pictures(folder, n=24, seed=0):
-    "2 · n noisy pictures in two classes that mean nothing."
+    "2 · n noisy images in two classes that mean nothing."
     import numpy as np
     from PIL import Image
 

@@ -28,7 +28,7 @@ from sft_course.tools.problems import describe, find_problems
 from sft_course.tools.settings import SFTError
 
 SIZE = 48
-NOTES = {"1x1": ("small",), "animated": ("animated",), "EXIF broken": ("broken EXIF",)}  # what is said of pictures that were kept
+NOTES = {"1x1": ("small",), "animated": ("animated",), "EXIF broken": ("broken EXIF",)}  # what is said of images that were kept
 
 
 def sentence(e):
@@ -39,7 +39,7 @@ def sentence(e):
 
 
 def explore(root, cache, **how):
-    "What a person gets: the decoded pictures and everything that is said about the folder."
+    "What a person gets: the decoded images and everything that is said about the folder."
     found = decode_once(scan(root, **how), SIZE, cache)
     problems = found.catalog.problems + find_problems(found)
     for line in describe(found.catalog, problems, most=10**6):
@@ -64,7 +64,7 @@ def check_one(bad, path, found, problems, like):
         return f"should be {bad.fate}: {text}"
     allowed = {"whole": 0, "block": 16 * 16 / (96 * 80) * 1.5}.get(bad.fate, 1)
     if at is not None and bad.like and (found.pixels[at] != like[bad.like]).any(-1).mean() > allowed:
-        return "another picture than that it was made from"
+        return "another image than that it was made from"
     if bad.says not in text or (out and printable(path) not in text) or "/tmp" in text:
         return f"says {text!r}"
     return ""
@@ -90,7 +90,7 @@ def put(root, files):
 
 @pytest.fixture(scope="module")
 def swamp(bad_files, tmp_path_factory):
-    "A folder of 32 sound pictures and all the bad ones, and the files that could not be written here."
+    "A folder of 32 sound images and all the bad ones, and the files that could not be written here."
     root = lay_out(tmp_path_factory.mktemp("swamp") / "swamp")
     return root, put(root, bad_files)
 
@@ -173,7 +173,7 @@ def test_fit_goes_on_without_them_and_says_so(pond, cli, tmp_path, fault):
 def test_strict_stops_with_one_sentence(pond, cli, tmp_path, fault, command):
     with fault("--strict") as f:
         text = one_sentence(run(cli, command, pond, "--strict", cwd=tmp_path))
-        assert "would be left out" in text and re.search(r"\d+ unreadable|\d+ not a picture", text)
+        assert "would be left out" in text and re.search(r"\d+ unreadable|\d+ not an image", text)
         assert not (tmp_path / "pond-model").exists()
         f.said(text.replace(str(pond.parent) + "/", ""))
         clean = lay_out(tmp_path / "clean")
@@ -215,9 +215,9 @@ def test_large_pictures_are_decoded_one_at_a_time(tmp_path, measured, fault):
     for k in range(6):  # 20 million pixels each: 80 MB in PIL, and as much again for every copy
         Image.new("RGB", (5000, 4000), (k, 99, 0)).save(root / "left" / f"large{k}.png", compress_level=1)
     Image.new("L", (12_000, 9_000)).save(root / "left" / "phone.jpg")  # 108 million pixels, as telephones make them
-    with fault("large pictures") as f:
+    with fault("large images") as f:
         done = measured(LOOK, root, tmp_path / "cache")
-        assert done.returncode == 0 and done.stderr == "" and "39 pictures" in done.stdout, done.stdout + done.stderr
+        assert done.returncode == 0 and done.stderr == "" and "39 images" in done.stdout, done.stdout + done.stderr
         megabytes = int(done.stdout.split()[-1])
         assert megabytes < 350, megabytes
         f.said(f"memory grew by {megabytes} MB")
@@ -334,14 +334,14 @@ def test_permissions(shared, measured, fault):
     with fault("no permission to read") as f:
         done = measured(LOOK, root, shared / "store", user=user)
         assert done.returncode == 0 and done.stderr == "", done.stderr
-        for text in ("left/good03.jpg cannot be read as a picture (Permission denied)", "left/inner cannot be listed (Permission denied)",
-                     "closed cannot be listed (Permission denied)", "31 pictures of 2 classes"):
+        for text in ("left/good03.jpg cannot be read as an image (Permission denied)", "left/inner cannot be listed (Permission denied)",
+                     "closed cannot be listed (Permission denied)", "31 images of 2 classes"):
             assert text in done.stdout, done.stdout
         f.said(next(x.strip() for x in done.stdout.splitlines() if "good03" in x))
     (root / "left" / "good03.jpg").chmod(0o644)
     with fault("no permission, then given: looked at again"):
         done = measured(LOOK, root, shared / "store", user=user)
-        assert "32 pictures of 2 classes" in done.stdout and "good03" not in done.stdout, done.stdout + done.stderr
+        assert "32 images of 2 classes" in done.stdout and "good03" not in done.stdout, done.stdout + done.stderr
     (shared / "set.csv").write_text("path,label\n")
     for path in (shared / "set.csv", root):
         path.chmod(0)
@@ -352,7 +352,7 @@ def test_permissions(shared, measured, fault):
 
 
 def deep(root, length):
-    "A picture at the end of folders whose names together are longer than `length`; made step by step, for no call takes such a path whole."
+    "An image at the end of folders whose names together are longer than `length`; made step by step, for no call takes such a path whole."
     fd, names = os.open(root / "left", os.O_RDONLY), []
     while sum(map(len, names)) < length:
         names.append("d" * 200)
@@ -448,7 +448,7 @@ def test_pictures_in_no_class_and_folders_beside_the_parts(tmp_path, store, faul
     for place in (tmp_path, tmp_path / "train"):
         shutil.copy(tmp_path / "extra" / "ants" / "good00.jpg", place / "loose.jpg")
     (tmp_path / "README.md").write_text("what this is")
-    with fault("pictures in no class folder") as f:
+    with fault("images in no class folder") as f:
         found, problems = explore(tmp_path, store)
         assert {p.path for p in problems} == {"loose.jpg", "train/loose.jpg", "extra"} and {p.kind for p in problems} == {"no class"}
         f.said(problems[0].message)
@@ -565,13 +565,13 @@ def test_a_damaged_cache_is_made_anew(root, store, fault, spoil):
     one = decode_once(scan(root), SIZE, store)
     pixels = np.array(one.pixels)
     spoil(store / "pixels" / one.key)
-    with fault("damaged cache of decoded pictures"):
+    with fault("damaged cache of decoded images"):
         two = decode_once(scan(root), SIZE, store)
         assert (two.pixels == pixels).all() and two.catalog.problems == one.catalog.problems
 
 
 def table(root, *paths, name="set.csv", label="left"):
-    "A CSV of all pictures, and of `paths` besides."
+    "A CSV of all images, and of `paths` besides."
     lines = [f'"{p.relative_to(root).as_posix()}",{p.parent.name}' for p in sorted(root.rglob("good*.jpg"))]
     (root / name).write_text("\n".join(["path,label", *lines, *(f'"{p}",{label}' for p in paths)]) + "\n")
     return root / name
@@ -612,8 +612,8 @@ def test_a_csv_may_follow_links_inside_its_folder_and_lie_in_a_linked_one(root, 
 
 @pytest.mark.parametrize("path, kind", [
     ("left/" + "x" * 300 + ".jpg", "missing"), ("left/a\nb.jpg", "missing"), ("d/" * 3000 + "x.jpg", "missing"),
-    ("left/\U0001f33b.jpg", "missing"), ("left", "not a picture"), ("left.jpg", "missing"), ("pipe.jpg", "missing"),
-    ("left/good00.txt", "not a picture"), ("left/nul\0.jpg", "missing")])
+    ("left/\U0001f33b.jpg", "missing"), ("left", "not an image"), ("left.jpg", "missing"), ("pipe.jpg", "missing"),
+    ("left/good00.txt", "not an image"), ("left/nul\0.jpg", "missing")])
 def test_odd_paths_in_a_csv(root, store, fault, path, kind):
     os.mkfifo(root / "pipe.jpg")
     (root / "left.jpg").mkdir()

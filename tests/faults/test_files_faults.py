@@ -291,7 +291,7 @@ def test_bit_flips_in_the_head_of_the_weights_that_the_card_knows_of(fault, time
 
 @pytest.mark.parametrize("path", ["../secret.png", "/{outside}/secret.png", "a/../../secret.png", "file:///{outside}/secret.png"])
 def test_a_table_cannot_name_what_lies_outside(fault, tmp_path, path):
-    "A file outside the table's folder is taken only where the library says so, and never read as anything but a picture."
+    "A file outside the table's folder is taken only where the library says so, and never read as anything but an image."
     pictures(tmp_path / "data", n=4)
     (tmp_path / "secret.png").write_text("root:x:0:0")
     rows = [f"{p.relative_to(tmp_path / 'data')},{p.parent.name}" for p in sorted((tmp_path / "data").rglob("*.png"))]
@@ -329,7 +329,7 @@ def test_a_report_escapes_names(fault, tmp_path):
     (data / "b").rename(data / '"><img src=x onerror=alert(2)>')
     for p in sorted(data.rglob("*.png")):
         p.rename(p.with_name(f"<b onclick=alert(3)>&{p.name}"))
-    (data / "<script>alert(1)<" / "<script>alert(4)<.png").write_text("no picture")
+    (data / "<script>alert(1)<" / "<script>alert(4)<.png").write_text("no image")
     settings = load_settings(cache=str(tmp_path / "cache"))
     with fault("HTML in names of classes and files"):
         FineTuner(data, NETWORK, tmp_path / "out", size=SIZE, weights=None, settings=settings).run(plan("short")[0])

@@ -60,7 +60,7 @@ def test_another_seed_gives_other_bytes(fault, forks, data, first, tmp_path):
 
 
 def test_what_may_differ_differs_by_rounding(fault, forks, data, first, tmp_path):
-    "Sums in another order: not the same bytes, but the same training, to one picture of ten. So it is with another processor or a GPU."
+    "Sums in another order: not the same bytes, but the same training, to one image of ten. So it is with another processor or a GPU."
     with fault("same to rounding: two threads"):
         done = forks.run(data=data, out=tmp_path / "out", cache=tmp_path / "cache", threads=2)
         assert done["ended"] == "done" and abs(done["accuracy"] - first["accuracy"]) <= 0.1 + 1e-9

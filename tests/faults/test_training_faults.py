@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite(fault, times, forks, data, undisturbed, tmp_p
 
 @pytest.mark.parametrize("kind", ["MemoryError", "OutOfMemoryError", "RuntimeError"])
 def test_memory_is_short(fault, forks, data, undisturbed, tmp_path, kind):
-    "Half as many pictures at a time until they fit; batch statistics are those of smaller batches then, so the last phase may differ a little."
+    "Half as many images at a time until they fit; batch statistics are those of smaller batches then, so the last phase may differ a little."
     whole = undisturbed["full"]
     with fault("memory is short") as f:
         said = forks.run(data=data, out=tmp_path / "some", cache=whole["cache"], memory=[kind, 3])
@@ -178,7 +178,7 @@ def test_memory_is_short(fault, forks, data, undisturbed, tmp_path, kind):
 
 @pytest.mark.parametrize("part", range(3))
 def test_the_disk_is_full_at_every_write(fault, times, forks, data, undisturbed, tmp_path, part):
-    "Decoded pictures, activations, checkpoints, artifact: the n-th write fails, for every n. (Short form: every second.)"
+    "Decoded images, activations, checkpoints, artifact: the n-th write fails, for every n. (Short form: every second.)"
     whole, lost = undisturbed["short"], []
     for at, what in list(enumerate(whole["points"], 1))[part :: 3 if times > 1 else 6]:
         where = tmp_path / str(at)

@@ -1,0 +1,403 @@
+"Labels, numbers, masks and boxes: what data are taken for, fitted, killed and gone on with, saved, asked and judged."
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from sft_course.tools.blooms import draw_bloom
+from sft_course.tools.masks import save_mask
+from sft_course.tools.settings import SFTError
+from sft_course.tools.task_command import evaluate_task, fit_task, predict_task, task_for
+from sft_course.tools.task_folders import divided, read_task, task_at
+from sft_course.tools.task_run import fine_tune_task, open_task
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+SIZE, N = 64, 16
+TASKS = ["labels", "number", "masks", "boxes"]
+HOW = {
+    "labels": {"image_size": 64, "epochs": 2},
+    "number": {"image_size": 64, "epochs": 2},
+    "masks": {"epochs": 2},
+    "boxes": {"image_size": 64, "epochs": 2},
+}
+
+app = typer.Typer()
+
+
+def ended(work):
+    "What the command line makes of an error: a sentence and exit status 1."
+    try:
+        return work()
+    except SFTError as error:
+        print(f"sft-course: {error}")
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def fit(data: Path, out: Path, task: Annotated[str | None, typer.Option()] = None, epochs: int | None = None, image_size: int | None = None):
+    ended(lambda: fit_task(data, out, task_for(data, task, print), epochs=epochs, image_size=image_size))
+
+
+@app.command()
+def predict(artifact: Path, files: list[Path]):
+    ended(lambda: predict_task(artifact, files, say=print))
+
+
+@app.command()
+def evaluate(artifact: Path, data: Path, report: Path):
+    ended(lambda: evaluate_task(artifact, data, report))
+
+
+def call(*words):
+    done = CliRunner().invoke(app, [str(w) for w in words])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+@pytest.fixture(scope="module")
+def flowers():
+    return [draw_bloom(("pointed5", "round5")[i % 2], i, SIZE, flowers=1 + i % 2) for i in range(N)]
+
+
+def write_images(folder, flowers):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, b in enumerate(flowers):
+        Image.fromarray(b.image).save(folder / f"{i}.png")
+
+
+def annotations(flowers):
+    return [(i, [float(v) for v in box]) for i, b in enumerate(flowers) for box in b.boxes]
+
+
+def write_labels(top, flowers, style="flags"):
+    write_images(top, flowers)
+    pointed = [i % 2 == 0 for i in range(len(flowers))]
+    three = [b.image.mean() > np.median([f.image.mean() for f in flowers]) for b in flowers]
+    rows = []
+    for i, row in enumerate(zip(pointed, three)):
+        names = [n for n, there in zip(("pointed", "bright"), row) if there]
+        rows.append(f"{i}.png,{','.join(str(int(v)) for v in row)}" if style == "flags" else f"{i}.png,{style.join(names)}")
+    header = "path,pointed,bright" if style == "flags" else "path,label"
+    (top / "t.csv").write_text("\n".join([header, *rows]), encoding="utf-8")
+    return top / "t.csv"
+
+
+def write_numbers(top, flowers):
+    write_images(top, flowers)
+    rows = [f"{i}.png,{float(b.mask.astype(bool).mean()):.4f}" for i, b in enumerate(flowers)]
+    (top / "n.csv").write_text("\n".join(["path,share", *rows]), encoding="utf-8")
+    return top / "n.csv"
+
+
+def write_masks(top, flowers):
+    write_images(top / "images", flowers)
+    (top / "masks").mkdir()
+    for i, b in enumerate(flowers):
+        save_mask(top / "masks" / f"{i}.png", b.mask)
+    return top
+
+
+def write_coco(top, flowers):
+    write_images(top / "images", flowers)
+    notes = [
+        {"id": k, "image_id": i, "category_id": 1, "bbox": [x0, y0, x1 - x0, y1 - y0]} for k, (i, (x0, y0, x1, y1)) in enumerate(annotations(flowers))
+    ]
+    said = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": SIZE, "height": SIZE} for i in range(len(flowers))],
+        "categories": [{"id": 1, "name": "flower"}],
+        "annotations": notes,
+    }
+    (top / "coco.json").write_text(json.dumps(said), encoding="utf-8")
+    return top
+
+
+def write_voc(top, flowers):
+    write_images(top / "images", flowers)
+    (top / "voc").mkdir()
+    for i in range(len(flowers)):
+        objects = "".join(
+            "<object><name>flower</name><bndbox>"
+            + "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box))
+            + "</bndbox></object>"
+            for k, box in annotations(flowers)
+            if k == i
+        )
+        (top / "voc" / f"{i}.xml").write_text(f"<annotation><filename>{i}.png</filename>{objects}</annotation>", encoding="utf-8")
+    return top
+
+
+def write_yolo(top, flowers):
+    write_images(top / "images", flowers)
+    (top / "labels").mkdir()
+    (top / "data.yaml").write_text("names: [flower]\n", encoding="utf-8")
+    for i in range(len(flowers)):
+        lines = [
+            f"0 {(x0 + x1) / 2 / SIZE} {(y0 + y1) / 2 / SIZE} {(x1 - x0) / SIZE} {(y1 - y0) / SIZE}"
+            for k, (x0, y0, x1, y1) in annotations(flowers)
+            if k == i
+        ]
+        (top / "labels" / f"{i}.txt").write_text("\n".join(lines), encoding="utf-8")
+    return top
+
+
+WRITE = {"labels": write_labels, "number": write_numbers, "masks": write_masks, "boxes": write_coco}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, flowers):
+    "Blooms as each task wants them."
+    return {task: WRITE[task](tmp_path_factory.mktemp(task), flowers) for task in TASKS}
+
+
+@pytest.fixture(scope="module")
+def fitted(data, tmp_path_factory):
+    "An artifact of each task, made when it is first asked for."
+    made, top = {}, tmp_path_factory.mktemp("fitted")
+
+    def get(task):
+        if task not in made:
+            os.environ["XDG_CACHE_HOME"] = str(top / "cache")
+            fine_tune_task(data[task], out=top / task, **HOW[task])
+            made[task] = top / task
+        return made[task]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    "write, task",
+    [
+        (write_labels, "labels"),
+        (lambda t, f: write_labels(t, f, ";"), "labels"),
+        (lambda t, f: write_labels(t, f, "|"), "labels"),
+        (write_masks, "masks"),
+        (write_coco, "boxes"),
+        (write_voc, "boxes"),
+        (write_yolo, "boxes"),
+    ],
+    ids=["flags", "semicolons", "bars", "masks", "coco", "voc", "yolo"],
+)
+def test_data_say_what_they_are_for(write, task, tmp_path, flowers):
+    path = write(tmp_path / "data", flowers)
+    said = []
+    assert task_for(path, None, said.append) == task
+    assert len(said) == 1 and "taken for" in said[0]
+    assert len(read_task(path, task, tmp_path / "cache", 64)) == N
+
+
+@pytest.mark.parametrize(
+    "values, task",
+    [([str(i) for i in range(30)], "number"), ([str(i % 3) for i in range(30)], "class"), (["ant", "bee"] * 15, "class")],
+    ids=["many", "few", "words"],
+)
+def test_a_column_called_label(values, task, tmp_path):
+    (tmp_path / "t.csv").write_text("\n".join(["path,label", *(f"{i}.jpg,{v}" for i, v in enumerate(values))]), encoding="utf-8")
+    said = []
+    assert task_for(tmp_path / "t.csv", None, said.append) == task
+    assert (len(said) == 1) == values[0].isdecimal()
+    assert task_for(tmp_path / "t.csv", "regression", said.append) == "number"
+
+
+def test_class_folders_stay_class_folders(stripes):
+    assert task_at(stripes) == ("class", "a folder a class")
+    with pytest.raises(SFTError, match="taken for one class an image"):
+        fine_tune_task(stripes)
+
+
+def test_three_formats_hold_the_same_boxes(tmp_path, flowers):
+    found = [read_task(write(tmp_path / str(i), flowers), "boxes", tmp_path) for i, write in enumerate((write_coco, write_voc, write_yolo))]
+    for other in found[1:]:
+        assert other.names == found[0].names and (other.part == found[0].part).mean() == 1
+        where = {f: i for i, f in enumerate(other.files)}
+        for i, f in enumerate(found[0].files):
+            torch.testing.assert_close(other.targets.boxes[where[f]], found[0].targets.boxes[i], atol=1e-3, rtol=1e-3)
+
+
+def test_masks_in_colours_and_greys_are_one(tmp_path, flowers):
+    first = write_masks(tmp_path / "a", flowers[:6])
+    again = write_masks(tmp_path / "b", flowers[:6])
+    colours = np.array([[0, 0, 0], [255, 0, 0], [0, 128, 255]], np.uint8)
+    for file in (again / "masks").iterdir():
+        Image.fromarray(colours[np.asarray(Image.open(file))]).save(file)
+    (again / "classes.json").write_text(json.dumps({"background": "#000000", "petal": [255, 0, 0], "centre": "#0080ff"}), encoding="utf-8")
+    a, b = (read_task(top, "masks", tmp_path) for top in (first, again))
+    assert (a.targets == b.targets).all() and b.names == ("background", "petal", "centre") and a.native and b.native
+
+
+def test_parts_are_drawn_once_and_for_all():
+    part = divided(np.array(["train"] * 20), 1)
+    assert (part == divided(np.array(["train"] * 20), 1)).all() and (part == "test").sum() == 4 and (part == "val").sum() == 3
+    assert set(divided(np.array(["train"] * 10 + ["val"] * 3))) == {"train", "val", "test"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_ends_with_an_artifact_that_answers_as_the_network(task, fitted, data):
+    out = fitted(task)
+    assert {p.name for p in out.iterdir()} - {".lock"} == {"model.safetensors", "card.json", "history.csv", "report.html"}
+    card = json.loads((out / "card.json").read_text(encoding="utf-8"))
+    assert card["task"] == task and {p["phase"] for p in card["phases"]} == {"frozen", "tuned"}
+    for value, low, high in card["metrics"]["scores"].values():
+        assert np.isnan(value) or low <= value + 1e-6 and value <= high + 1e-6
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert report.count("data:image/jpeg") >= 3 and "95 % interval" in report and "<title>Report: " in report
+    rows = list(csv.DictReader(open(out / "history.csv", encoding="utf-8")))
+    assert {r["phase"] for r in rows} == {"frozen", "tuned"}
+
+
+def image_of(data, task, number=3):
+    top = data[task] if data[task].is_dir() else data[task].parent
+    return next(p for p in (top / "images" / f"{number}.png", top / f"{number}.png") if p.is_file())
+
+
+def test_labels_come_with_probabilities(fitted, data):
+    said = open_task(fitted("labels")).predict(image_of(data, "labels"))
+    assert set(said.probabilities) == {"pointed", "bright"} and set(said.labels) <= set(said.probabilities)
+    assert all(0 <= p <= 1 for p in said.probabilities.values())
+
+
+def test_a_number_comes_with_an_interval_where_validation_images_are_enough(tmp_path, flowers):
+    rows = [f"{i % N}.png,{i}" for i in range(N)]
+    write_images(tmp_path, flowers)
+    parts = ["val"] * 9 + ["train"] * 5 + ["test"] * 2
+    (tmp_path / "n.csv").write_text("\n".join(["path,share,split", *(f"{r},{p}" for r, p in zip(rows, parts))]), encoding="utf-8")
+    result = fine_tune_task(tmp_path / "n.csv", "number", image_size=64, train="head")
+    value, low, high = result.predict(flowers[0].image).numbers["share"]
+    assert low < value < high and result.card["interval"]
+
+
+def test_few_validation_images_give_no_interval(fitted, data):
+    result = open_task(fitted("number"))
+    assert result.card["interval"] is None and any("too few for an interval" in note for note in result.card["notes"])
+    assert result.predict(image_of(data, "number")).numbers["share"][1] is None
+
+
+def test_a_mask_is_as_large_as_its_image(fitted, data, tmp_path):
+    result = open_task(fitted("masks"))
+    for w, h in ((SIZE, SIZE), (70, 50), (33, 95)):
+        image = Image.open(image_of(data, "masks")).resize((w, h))
+        assert result.predict(image).mask.shape == (h, w)
+    status, out = call("predict", fitted("masks"), image_of(data, "masks"), image_of(data, "masks"))
+    folder = Path(re.search(r"written to (.+)", out.replace("\n", "\n"))[1].strip())
+    assert status == 0 and {f.name for f in folder.iterdir()} == {"3.png", "3-seen.png", "3-2.png", "3-2-seen.png"}
+    assert (np.asarray(Image.open(folder / "3.png")) == result.predict(image_of(data, "masks")).mask).all()
+
+
+def test_boxes_are_in_the_pixels_of_their_image_and_in_one_file(fitted, data, tmp_path):
+    result = open_task(fitted("boxes"))
+    small = Image.open(image_of(data, "boxes"))
+    result.card["score"] = 0.0
+    a = result.predict(small).found
+    b = result.predict(small.resize((2 * SIZE, SIZE), Image.Resampling.NEAREST)).found
+    assert len(a.boxes) and b.boxes[:, [0, 2]].max() > SIZE * 1.2
+    assert a.boxes.max() <= SIZE + 1e-3
+    said = predict_task(fitted("boxes"), [image_of(data, "boxes")], out=tmp_path / "said", quiet=True)
+    coco = json.loads((tmp_path / "said" / "predictions.coco.json").read_text(encoding="utf-8"))
+    assert coco["categories"] == [{"id": 1, "name": "flower"}] and len(coco["images"]) == said["n"] == 1
+    assert (tmp_path / "said" / "3-boxes.png").is_file()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_artifact_is_judged_on_other_data(task, fitted, data, tmp_path):
+    status, out = call("evaluate", fitted(task), data[task], tmp_path / "report.html")
+    assert status == 0 and f"{N} images" in out and "95 % interval" in out
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_a_file_that_is_no_image_is_named_and_the_others_are_answered(fitted, data, tmp_path):
+    (tmp_path / "no.png").write_text("no", encoding="utf-8")
+    told = []
+    said = predict_task(fitted("labels"), [tmp_path / "no.png", image_of(data, "labels"), tmp_path / "none.png"], say=told.append)
+    assert said["n"] == 1 and len(said["skipped"]) == 2 and "cannot be read as an image" in told[0] and "no such file" in told[1]
+
+
+KILLED = """
+import os, sys
+import sft_course.tools.training as training
+from sft_course.tools.task_run import fine_tune_task
+save, at = training.save_checkpoint, int(sys.argv[3])
+def counted(*args, **how):
+    global at
+    save(*args, **how)
+    at -= 1
+    if at == 0: os.kill(os.getpid(), 9)
+training.save_checkpoint = counted
+fine_tune_task(sys.argv[1], out=sys.argv[2], image_size=None if sys.argv[4] == "None" else int(sys.argv[4]), epochs=2)
+"""
+
+
+@pytest.mark.parametrize("task, saves", [("labels", 1), ("number", 2), ("masks", 3), ("boxes", 3)], ids=TASKS)
+def test_a_killed_run_goes_on_to_the_same_bytes(task, saves, fitted, data, tmp_path):
+    whole, out = fitted(task), tmp_path / "out"
+    how = HOW[task]
+    words = [sys.executable, "-c", KILLED, str(data[task]), str(out), str(saves), str(how.get("image_size"))]
+    threads = str(torch.get_num_threads())
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads})
+    assert done.returncode == -9, done.stderr
+    assert (out / "last.ckpt").is_file() and not (out / "card.json").exists()
+    with pytest.raises(SFTError, match="unfinished run"):
+        fine_tune_task(data[task], out=out, **how)
+    with pytest.raises(SFTError, match="that run had other lr"):
+        fine_tune_task(data[task], out=out, resume=True, lr=.5, **how)
+    fine_tune_task(data[task], out=out, resume=True, **how)
+    for name in ("model.safetensors", "history.csv"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    a, b = (json.loads((f / "card.json").read_text(encoding="utf-8")) for f in (out, whole))
+    assert {**a, "seconds": 0} == {**b, "seconds": 0} or json.dumps({**a, "seconds": 0}) == json.dumps({**b, "seconds": 0})
+    assert not (out / "last.ckpt").exists()
+
+
+def test_a_damaged_artifact_costs_one_sentence(fitted, tmp_path):
+    import shutil
+
+    shutil.copytree(fitted("labels"), tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(SFTError, match="is not the file that card.json speaks of"):
+        open_task(tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").unlink()
+    with pytest.raises(SFTError, match="damaged"):
+        open_task(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ({"epochs": 0}, "epochs = 0"),
+        ({"lr": -1.0}, "lr = -1"),
+        ({"train": "3"}, "use 'head' or 'all'"),
+        ({"image_size": 50}, "need a multiple of 32"),
+    ],
+    ids=["epochs", "lr", "train", "size"],
+)
+def test_values_that_cannot_be_used(how, said, data, tmp_path):
+    with pytest.raises(SFTError, match=said):
+        fine_tune_task(data["masks"], out=tmp_path / "out", **how)
+    assert not (tmp_path / "out" / "card.json").exists()
+
+
+def test_classes_that_the_model_does_not_know(fitted, tmp_path, flowers):
+    other = write_masks(tmp_path / "m", flowers[:5])
+    (other / "classes.json").write_text(json.dumps({"sky": 0, "1": 1, "2": 2}), encoding="utf-8")
+    with pytest.raises(SFTError, match="masks hold the class 'sky'"):
+        open_task(fitted("masks")).evaluate(other, tmp_path)
+
+
+def test_membrane_and_raccoon_are_known(tmp_path):
+    if not (SHARED / "membrane").is_dir():
+        pytest.skip("the photographs are not here")
+    assert task_at(SHARED / "membrane")[0] == "masks" and task_at(SHARED / "raccoon")[0] == "boxes"
+    assert task_at(SHARED / "ants_bees")[0] == "class"
+    found = read_task(SHARED / "membrane", "masks", tmp_path)
+    assert found.native and found.images.shape == (30, 512, 512, 3) and found.names == ("0", "255")
+    assert [len(found.rows(p)) for p in ("train", "val", "test")] == [16, 4, 10]
