@@ -52,9 +52,11 @@ def launch(processes: int, words: list[str], restarts: int = 3) -> int:
 
 def _status(codes: list[int]) -> int | None:
     "The exit status of a run whose processes ended so; None where it may be tried again."
-    said = [c for c in codes if c > 0 and c != GONE]
+    said = [c for c in codes if c > 0 and c not in (GONE, 130, 143)]
     if said: return said[0]
-    return 128 - codes[0] if all(c in (-2, -15) for c in codes) else None
+    if any(c < 0 and c not in (-2, -15) for c in codes): return None  # the launcher has stopped the others
+    stopped = [128 - c if c < 0 else c for c in codes if c != GONE]
+    return stopped[0] if stopped else None
 
 # %% ../../nbs/tools/launch.ipynb #01fdde8b
 _FIRST_LINES = """

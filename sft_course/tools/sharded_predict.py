@@ -131,7 +131,7 @@ def read_shards(folder: str | Path):
     if gone := sum(not f.exists() for f in files):
         raise SFTError(f"{folder}: {gone} of {n} shards are missing; run the same prediction again.")
     def csv(file):
-        text = {name: str for name in COLUMNS if name != "probability"}
+        text = {name: object for name in COLUMNS if name != "probability"}  # names may not be UTF-8
         return pd.read_csv(file, dtype=text, keep_default_na=False, na_values={"probability": [""]},
                            encoding_errors="surrogateescape")
     return pd.concat([pd.read_parquet(f) if kind == "parquet" else csv(f) for f in files], ignore_index=True)
