@@ -15,8 +15,8 @@ PACKAGE = REPO / "sft_course"
 # The one order of all modules: each imports only modules before it.
 # The rooms behind a chapter stand before it, the chapters in reading order.
 ORDER = [
-    "tools.figures", "tools.diagrams", "tools.settings", "tools.extras", "tools.terminal", "tools.files", "tools.torch_state", "tools.records",
-    "tools.blooms", "tools.datasets",
+    "tools.figures", "tools.diagrams", "tools.settings", "tools.extras", "tools.terminal", "tools.files", "tools.torch_state", "tools.processes",
+    "tools.records", "tools.blooms", "tools.datasets",
     "core",
     "tools.budget", "tools.catalog", "tools.folders", "tools.tables", "tools.intake", "tools.given", "tools.decoding",
     "tools.pixels", "tools.copies", "tools.problems",
@@ -39,13 +39,14 @@ ORDER = [
     "tools.garden_notes", "tools.chats", "tools.language_models", "tools.upper_layers", "language",
     "tools.chat_kinds", "tools.chat_files", "tools.chat_run", "tools.chat_command",
     "tools.keras_start", "tools.keras_inputs", "keras_twin", "tools.parity",
+    "tools.launch", "tools.sharded_predict", "tools.scale_lab", "scale",
     "shipping", "tools.keras_export", "tools.exporting", "tools.model_card", "tools.serving", "tools.clients", "tools.shipping_runs",
     "tools.shipping_commands",
     "tools.cheat_sheet", "answers",
     "tools.ladder", "tools.widgets",
     "tools.exercises", "tools.exercises_open", "tools.exercises_10", "tools.exercises_11", "tools.exercises_12",
     "tools.exercises_13", "tools.exercises_14",
-    "tools.exercises_15", "tools.exercises_16", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19",
+    "tools.exercises_15", "tools.exercises_16", "tools.exercises_17", "tools.exercises_18", "tools.exercises_19", "tools.exercises_20",
     "tools.exercises_21", "tools.exercises_22", "tools.exercises_23", "tools.cli",
 ]
 

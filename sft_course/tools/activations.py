@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from .figures import progress
 from .settings import SFTError
+from .processes import everywhere, in_turns, ranks
 from .files import whole_file
 from .budget import evict, free_memory
 from .pixels import PixelCache
@@ -170,12 +171,13 @@ def activations(lower: nn.Module, backbone: Backbone, pixels: PixelCache,
     be written or a value is not finite.
     """
     path = Path(cache_dir) / "activations" / f"{_key(lower, backbone, pixels, theta, size, rows, device)}.npy"
-    if not _is_whole(path, len(rows)):
+    if not everywhere(_is_whole(path, len(rows))):  # of several processes all compute, or none
         job = _Job(fold_for(lower, size).to(device), backbone, pixels, theta, size, rows, device, desc)
-        if budget_bytes is not None and views * job.bytes + pixels.pixels.nbytes > budget_bytes:
+        fits = budget_bytes is None or views * job.bytes + pixels.pixels.nbytes <= budget_bytes
+        if not everywhere(fits):
             return _held(job, views)
         _compute(job, path)
-        if budget_bytes is not None:
+        if budget_bytes is not None and not ranks().local:
             evict(cache_dir, budget_bytes, keep=(path, Path(cache_dir) / "pixels" / pixels.key))
     with suppress(OSError): os.utime(path)  # used now
     return np.load(path, mmap_mode="r") if len(rows) else np.load(path)
@@ -239,6 +241,11 @@ class _Job:
         blocks = range(-(-len(self.rows) // self.step)) if blocks is None else blocks
         return (self.block(b, kind) for b in progress(blocks, desc=self.desc))
 
+    def shared(self, kind: type) -> Iterator[np.ndarray]:
+        "All blocks; of several processes each computes a part of them, and all call this."
+        blocks = range(-(-len(self.rows) // self.step))
+        return progress(in_turns(blocks, lambda b: self.block(b, kind)), total=len(blocks), desc=self.desc)
+
 # %% ../../nbs/tools/activations.ipynb #d1c0de56
 def _block(self: _Job, number: int, kind: type) -> np.ndarray:
     """What comes out for one block of images. The blocks are always the same: a sum may depend on what else
@@ -261,7 +268,11 @@ _Job.block = _block
 def _compute(job: _Job, path: Path) -> None:
     "Write the activations to `path`, in 32 bits where 16 do not hold them."
     for kind in (np.float16, np.float32):
-        with suppress(_TooLarge): return _write(path, job.shape, kind, job.outputs(kind))
+        with suppress(_TooLarge):
+            if ranks().local:
+                for _ in job.shared(kind): pass  # of several processes one on each machine writes
+            else: _write(path, job.shape, kind, job.shared(kind))
+            return everywhere(True)  # nobody reads before that is done
 
 # %% ../../nbs/tools/activations.ipynb #ceeb088e
 def _write(path: Path, shape: tuple[int, ...], kind: type, parts: Iterator[np.ndarray]) -> None:
@@ -282,11 +293,11 @@ def _write(path: Path, shape: tuple[int, ...], kind: type, parts: Iterator[np.nd
 def _held(job: _Job, views: int) -> "np.ndarray | Recomputed":
     "The activations without a file."
     free = free_memory()
-    if free is not None and 2 * views * job.bytes > free: return Recomputed(job)
+    if not everywhere(free is None or 2 * views * job.bytes <= free): return Recomputed(job)
     for kind in (np.float16, np.float32):
         out = np.empty(job.shape, kind)
         with suppress(_TooLarge):
-            for k, x in enumerate(job.outputs(kind)): out[k * job.step:k * job.step + len(x)] = x
+            for k, x in enumerate(job.shared(kind)): out[k * job.step:k * job.step + len(x)] = x
             return out
     raise AssertionError("32 bits hold every finite value")
 

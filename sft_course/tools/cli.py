@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'DIR', 'Folder', 'Artifact', 'Out', 'AsJson', 'Strict', 'WATCHERS', 'Name', 'Net', 'Weights', 'Size', 'Device',
            'Seed', 'TaskName', 'Drawn', 'Epochs', 'Lr', 'Batch', 'Train', 'Loss', 'Adapter', 'Rank', 'Longest', 'Val',
-           'Test', 'Watch', 'Resume', 'Keep', 'Files', 'Csv', 'Top', 'Abstain', 'Report', 'Split', 'Part', 'To',
-           'Force', 'Clear', 'demo', 'fit', 'check', 'predict', 'evaluate', 'backbones', 'notebooks', 'cache', 'doctor',
-           'main']
+           'Test', 'Watch', 'Resume', 'Keep', 'Processes', 'Files', 'Csv', 'Top', 'ShardsTo', 'ShardSize', 'Parquet',
+           'Abstain', 'Report', 'Split', 'Part', 'To', 'Force', 'Clear', 'demo', 'fit', 'check', 'predict', 'evaluate',
+           'backbones', 'notebooks', 'cache', 'doctor', 'main']
 
 # %% ../../nbs/tools/cli.ipynb #a54f30df
 import difflib, math, os, re, shlex, signal, sys, threading, warnings
@@ -20,6 +20,8 @@ import typer
 import sft_course
 from .settings import load_settings, SFTError
 from .terminal import plain, progress, results, typed_path
+from .processes import is_first, joined, launched, may_speak
+from .processes import PeerGone, ranks, wait_for_reason
 from .compare_command import compare
 from .tune_command import tune
 from .chat_command import chat
@@ -79,6 +81,7 @@ def _notes(texts: list[str], where: str, most: int = 10) -> None:
 
 def _say(text: str) -> None:
     "One line on standard error. Where that cannot be written, nobody can be told."
+    if text.startswith("note: ") and not is_first(): return
     try: print(f"sft-course: {text}", file=sys.stderr)
     except OSError: pass
 
@@ -194,7 +197,15 @@ def _again() -> str:
     "The command that was given, with --resume."
     words = [w for w in sys.argv[1:] if w != "--resume"]
     at = words.index("--") if "--" in words else len(words)
-    return shlex.join(["sft-course", *words[:at], "--resume", *words[at:]])
+    program = ["sft-course"]
+    if launched() and not _asks_for_processes(words):
+        here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        program = ["torchrun", "--nproc-per-node", here, "-m", "sft_course"]
+    return shlex.join([*program, *words[:at], "--resume", *words[at:]])
+
+def _asks_for_processes(words: list[str]) -> bool:
+    "Whether a command has --processes."
+    return any(w.partition("=")[0] == "--processes" for w in words)
 
 @contextmanager
 def _resumable(out: Path, again: str | None = None) -> Iterator[None]:
@@ -284,6 +295,8 @@ Watch = Annotated[Optional[str], typer.Option("--watch", parser=_watcher, metava
     help="Log every epoch there; the library must be installed.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run into OUT was stopped.")]
 Keep = Annotated[bool, typer.Option("--keep-checkpoint", help="Keep last.ckpt when the run has ended.")]
+Processes = Annotated[int, typer.Option("--processes", min=1, metavar="N",
+    help="Divide the work among N processes of this machine, one for each GPU where there are several.")]
 
 # %% ../../nbs/tools/cli.ipynb #9ff7b3ac
 def _summary(result, artifact: Path) -> dict:
@@ -339,7 +352,7 @@ def fit(folder: Folder, out: Out = None, name: Name = None, task: TaskName = Non
         adapter: Adapter = None, rank: Rank = None, max_tokens: Longest = None,
         val: Val = None, test: Test = None, device: Device = None,
         seed: Seed = None, watch: Watch = None, resume: Resume = False, keep_checkpoint: Keep = False,
-        strict: Strict = False, as_json: AsJson = False) -> None:
+        processes: Processes = 1, strict: Strict = False, as_json: AsJson = False) -> None:
     """Fine-tune on your own images and save an artifact.
 
     Images lie in one sub-folder per class. Where there is a val/ or test/ split it is used once, for the
@@ -356,32 +369,68 @@ def fit(folder: Folder, out: Out = None, name: Name = None, task: TaskName = Non
                        keep_checkpoint=keep_checkpoint or None)
     of_chats = _given(adapter=adapter, rank=rank, max_tokens=max_tokens)
     if holds_chats(folder):
+        _alone(folder, processes)
         _refuse(of_images, "images", folder, "chats")
         chosen = _given(layers=train, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed) | of_chats
         how = {"test": test and _there(test, "file"), "model": backbone, "resume": resume, "strict": strict}
         return _fit_chats(folder, _artifact(folder, out, name, resume), device, as_json, how, chosen)
     _refuse(of_chats, "chats", folder, "none")
     if holds_texts(folder):
+        _alone(folder, processes)
         _refuse(_given(backbone=backbone, batch_size=batch_size, device=device) | of_images, "images", folder,
                 "texts")
         return _fit_texts(folder, _artifact(folder, out, name, resume), test, strict, as_json,
                           **_given(train=train, epochs=epochs, lr=lr, seed=seed))
     if (found := _task(folder, task)) != "class":
+        _alone(folder, processes)
         unfit = {k: v for k, v in of_images.items() if k != "image_size"}
         unfit |= _given(backbone=backbone, test=test, strict=strict or None)
         place = _outside(_artifact(folder, out, name, resume), folder)
         return _fit_task(folder, place, found, unfit, as_json, resume, **_given(
             epochs=epochs, lr=lr, batch_size=batch_size, image_size=image_size, train=train, seed=seed,
             device=device))
-    settings = load_settings(fit_image_size=image_size, seed=seed, backbone=backbone, device=device)
+    _launch_if_asked(processes)
+    with _taking_part() as me:
+        settings = load_settings(fit_image_size=image_size, seed=seed, backbone=backbone, device=device)
+        _fit_images(folder, out, name, _own_gpu(settings), resume or me.restarts > 0, as_json,
+                    strict, val, test, weights, epochs=epochs, lr=lr, train=train, batch_size=batch_size,
+                    loss=loss, watch=watch, keep_checkpoint=keep_checkpoint or None)
+
+def _fit_images(folder: Path, out: Path | None, name: str | None, settings, resume: bool, as_json: bool,
+                strict: bool, val: Path | None, test: Path | None, weights: Path | None,
+                **recipe: Any) -> None:
+    "Fit a folder of images, and say what came of it."
     parts = _given(strict=strict, val=val and _there(val), test=test and _there(test))
-    recipe = _given(weights=weights and str(_there(weights, "file")), epochs=epochs, lr=lr, train=train,
-                    batch_size=batch_size, loss=loss, watch=watch, keep_checkpoint=keep_checkpoint or None)
+    recipe = _given(weights=weights and str(_there(weights, "file")), **recipe)
     artifact = _outside(_artifact(_there(folder), out, name, resume), folder, val, test)
     with results(as_json) as done:
         with _resumable(artifact): result = _fit(folder, parts, artifact, settings, resume, recipe)
         _tell(result, artifact)
         done(_summary(result, artifact))
+
+# %% ../../nbs/tools/cli.ipynb #e9b9ad5e
+def _launch_if_asked(processes: int) -> None:
+    "Start this command in so many processes, and end as they end; in one of them, or alone, do nothing."
+    if processes == 1 or launched(): return
+    from sft_course.tools.launch import launch
+    raise typer.Exit(launch(processes, sys.argv[1:]))
+
+@contextmanager
+def _taking_part() -> Iterator[Any]:
+    "Inside the block this process is one of those that `torchrun` started, if it did. One of them prints."
+    if not launched():
+        yield ranks()
+        return
+    from contextlib import redirect_stdout
+    with joined() as me, open(os.devnull, "w", encoding="utf-8") as nowhere:
+        if me.rank: os.environ["TQDM_DISABLE"] = "1"
+        with redirect_stdout(nowhere if me.rank else sys.stdout): yield me
+
+def _own_gpu(settings):
+    "Of several processes on a machine with GPUs each takes one."
+    import torch
+    if ranks().count == 1 or settings.device != "auto" or not torch.cuda.is_available(): return settings
+    return settings.change(device=f"cuda:{ranks().local}")
 
 # %% ../../nbs/tools/cli.ipynb #txcli002
 def _refuse(unfit: dict, meant_for: str, data: Path, held: str) -> None:
@@ -389,6 +438,12 @@ def _refuse(unfit: dict, meant_for: str, data: Path, held: str) -> None:
     if not unfit: return
     raise SFTError(f"--{next(iter(unfit)).replace('_', '-')} is for {meant_for}, and {data} holds {held}; "
                    "leave it out.")
+
+def _alone(data: Path, processes: int) -> None:
+    "Raise `SFTError` where several processes were asked for."
+    if launched() or processes > 1:
+        raise SFTError(f"{data}: only images with one class each are fitted by several processes; leave "
+                       "--processes out.")
 
 def _fit_texts(file: Path, artifact: Path, test: Path | None, strict: bool, as_json: bool,
                **recipe: Any) -> None:
@@ -571,6 +626,10 @@ Csv = Annotated[Optional[Path], typer.Option("--csv", parser=typed_path, metavar
     help="Write a table instead of lines.")]
 Top = Annotated[int, typer.Option("--top", min=1, metavar="K",
     help="How many classes to name, the most probable first.")]
+ShardsTo = Annotated[Optional[Path], typer.Option("--shards", parser=typed_path, metavar="PARTS",
+    help="Write tables of a part of the files each to this folder; go on where an earlier run was stopped.")]
+ShardSize = Annotated[int, typer.Option("--shard-size", min=1, metavar="N", help="Files in a shard.")]
+Parquet = Annotated[bool, typer.Option("--parquet", help="Shards as Parquet in place of CSV.")]
 Abstain = Annotated[Optional[float], typer.Option("--abstain", metavar="CONFIDENCE",
     help="Name no class where the network is less sure than that, such as 0.9.")]
 
@@ -578,13 +637,19 @@ Abstain = Annotated[Optional[float], typer.Option("--abstain", metavar="CONFIDEN
 @app.command(epilog="Examples: sft-course predict leaves/ new/*.jpg; "
                     "sft-course predict leaves/ new/ --csv new.csv --top 3")
 def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, abstain: Abstain = None,
-            out: Drawn = None, as_json: AsJson = False) -> None:
+            out: Drawn = None, shards: ShardsTo = None, shard_size: ShardSize = 1000,
+            parquet: Parquet = False, processes: Processes = 1, as_json: AsJson = False) -> None:
     """Name the class of images with a network that was fitted before.
 
     A folder stands for the images in it. A file that cannot be read is named and skipped, and the exit status
     is 1 then. With a model of texts, each FILE is a text itself, or a table of texts; with a language model,
     a prompt, or a file of prompts (.txt, .jsonl).
+
+    For very many images: --shards, which several processes can write at once.
     """
+    if shards: return _predict_shards(artifact, files, shards, shard_size, parquet, processes, csv, as_json)
+    if processes > 1 or parquet or launched():
+        raise SFTError("--processes and --parquet are for --shards PARTS; give that too, or leave them out.")
     from sft_course.tools.chat_kinds import is_chat_model
     if is_chat_model(_there(artifact)): return _predict_chats(artifact, files, csv, as_json)
     from sft_course.tools.sentences import is_text_model
@@ -607,6 +672,28 @@ def predict(artifact: Artifact, files: Files, csv: Csv = None, top: Top = 1, abs
         if csv: print(f"{n} predictions in {csv}")
         done({"artifact": str(artifact), "n": n, "predictions": rows, "skipped": skipped})
     if skipped: raise typer.Exit(1)
+
+# %% ../../nbs/tools/cli.ipynb #fcb16e24
+def _predict_shards(artifact: Path, files: list[Path], folder: Path, size: int, parquet: bool, processes: int,
+                    csv: Path | None, as_json: bool) -> None:
+    "Write predictions in shards, and say how many."
+    from sft_course.tools.sentences import is_text_model
+    if csv: raise SFTError("--csv is one table and --shards are many; leave one of them out.")
+    if is_text_model(_there(artifact)):
+        raise SFTError(f"{artifact}: --shards is for images, and this is a model of texts.")
+    _launch_if_asked(processes)
+    from sft_course.tools.torch_state import pick_device
+    from sft_course.tools.artifact import load_artifact
+    from sft_course.tools.sharded_predict import predict_shards
+    with _taking_part(), results(as_json) as done, _resumable(folder, "give the same command again to go on"):
+        result = load_artifact(artifact, pick_device(_own_gpu(load_settings())))
+        kind = "parquet" if parquet else "csv"
+        made = predict_shards(result, [_there(f) for f in files], folder, shard_size=size, kind=kind)
+        before = made.shards - made.wrote
+        print(f"{made.files} predictions in {made.shards} shards in {folder}"
+              + (f"; {before} of them were there before" if before else ""))
+        done({"artifact": str(artifact), "folder": str(folder), "files": made.files, "shards": made.shards,
+              "wrote": made.wrote})
 
 # %% ../../nbs/tools/cli.ipynb #txcli003
 def _asked(given: list[Path]) -> list[str]:
@@ -1093,10 +1180,11 @@ def main() -> None:
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, _end)
     warnings.showwarning = _note_warning
     try: status = app(sys.argv[1:] or ["--help"], prog_name="sft-course", standalone_mode=False) or 0
-    except SFTError as e: status = _failed(_as_option(str(e)), 1)
-    except _Ended as e: status = _failed(e.text, 128 + e.signal)
+    except PeerGone: status = _alone_now()
+    except SFTError as e: status = _failed(_as_option(str(e)), 1) if may_speak() else 1
+    except _Ended as e: status = _stopped(e)
     except BrokenPipeError: status = 1
-    except Exception as e: status = _unexpected(e)
+    except Exception as e: status = _unexpected(e) if may_speak() else 1
     sys.exit(_flushed(status))
 
 # %% ../../nbs/tools/cli.ipynb #559363e1
@@ -1108,6 +1196,23 @@ def _failed(message: str, status: int) -> int:
     "Say what is wrong; the exit status."
     _say(message)
     return status
+
+# %% ../../nbs/tools/cli.ipynb #15de61a1
+def _signals_do(what: Any) -> None:
+    "What happens from here on where this process is asked to end."
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, what)
+
+def _stopped(e: _Ended) -> int:
+    "Say how to go on, where this process is the one that speaks; the exit status."
+    _signals_do(signal.SIG_IGN)  # it is ending already
+    if is_first(): return _failed(e.text, 128 + e.signal)
+    wait_for_reason(1)  # torchrun ends all where one has ended: the first one is to speak before
+    return 128 + e.signal
+
+def _alone_now() -> int:
+    "Another process of the run has ended and says why; the exit status of this one."
+    _signals_do(signal.SIG_DFL)
+    return wait_for_reason()
 
 # %% ../../nbs/tools/cli.ipynb #ec3bd0d0
 def _as_option(text: str) -> str:

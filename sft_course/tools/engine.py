@@ -15,11 +15,12 @@ import torch
 from fastcore.basics import patch
 import sft_course
 from .settings import SFTError
+from .processes import in_turns, is_first, ranks
 from .torch_state import own_torch_state
 from ..backbones import Backbone
 from .costs import stage_costs
 from .checkpoints import save_checkpoint
-from ..loop import predict_logits, score, Score
+from ..loop import batches, predict_logits, score, Score
 from .surgery import pictures_at_once
 from ..unfreezing import first_trainable
 from .logits import eval_logits, Evaluation
@@ -59,7 +60,7 @@ def _run_phase(tuner: TunerState, phase: Phase, resume: bool, plan: dict) -> Non
         return _train(tuner, phase, resume, run)
     row = _fit_head(tuner, phase)
     tuner.log(phase, row)
-    if tuner.out:  # before anything is chosen: whatever happens then, the head is not lost
+    if tuner.out and is_first():  # before anything is chosen: whatever happens then, the head is not lost
         save_checkpoint(tuner.out / "last.ckpt", tuner.backbone.model, None, also=_so_far(tuner, plan))
     tuner.show()
 
@@ -70,8 +71,9 @@ def run_phase(self: FineTuner, phase: Phase) -> FineTuner:
     """Run one phase from the weights at hand; the model then holds the best of its epochs. Raises
     `Diverged` where the loss is not finite and there is nothing to fall back on."""
     self.title = f"phase {len(self.done) + 1}, {_name(phase)}"
-    _require_place(self)
-    with claimed(self.out):
+    if is_first():
+        _require_place(self)
+    with claimed(self.out if is_first() else None):
         _begin(self)
         _run_phase(self, phase, False, {})
     return self
@@ -80,7 +82,13 @@ def run_phase(self: FineTuner, phase: Phase) -> FineTuner:
 def _test_logits(tuner: TunerState) -> torch.Tensor:
     "Of the network that the last run returned, or else of the weights at hand."
     network = tuner.chosen or tuner.backbone
-    return eval_logits(network, tuner.pixels.pixels[tuner.test], tuner.size, tuner.device)
+
+    def block(at):
+        return eval_logits(network, tuner.pixels.pixels[tuner.test[at]], tuner.size, tuner.device)
+    if ranks().count == 1:
+        return block(slice(None))
+    blocks = batches(len(tuner.test), pictures_at_once(tuner.device, tuner.size))
+    return torch.cat([x.to(tuner.device) for x in in_turns(blocks, lambda at: block(at).cpu())])
 
 # %% ../../nbs/tools/engine.ipynb #b0ea76b0
 @patch
@@ -157,7 +165,7 @@ def _finish(tuner: TunerState) -> Result:
                     _said_of(tuner, tuner.test, logits), _said_of(tuner, tuner.val, chosen.logits),
                     tuner.pixels.pixels[tuner.test], folder=tuner.out)
     tuner.tell(f"{_reason(tuner, chosen)}; accuracy {test.accuracy:.3f} on {test.n} test images")
-    if tuner.out:
+    if tuner.out and is_first():
         result.save(tuner.out)
         if not tuner.keep_checkpoint:
             with suppress(OSError):
@@ -263,8 +271,9 @@ def run(self: FineTuner, *phases: Phase, resume: bool = False,
     not fit the network, or something else lies in `out`.
     """
     _require_phases(self, phases)
-    _require_place(self, resume)
-    with claimed(self.out):
+    if is_first():
+        _require_place(self, resume)
+    with claimed(self.out if is_first() else None):
         if resume and (result := _ended(self, phases)):
             return result
         _begin(self, resume)

@@ -12,8 +12,10 @@ from typing import Callable
 import numpy as np
 import torch
 from torch import nn
+from .processes import from_first, in_turns, ranks
 from ..data import to_input
 from ..backbones import Backbone
+from .settings import SFTError
 from .steps import Diverged
 from ..loop import batches, copy_state, predict_logits, score
 from .training import fit
@@ -85,13 +87,10 @@ class _Seen:
         return sum(head_logits(head, Rows([f], rows, width)) for f in self.views) / 2
 
 # %% ../../nbs/tools/fitting.ipynb #8f602b7e
-def _fit_head(tuner: TunerState, phase: Phase) -> dict:
+def _solve_heads(tuner: TunerState, phase: Phase, seen: _Seen) -> tuple:
     """Choose a head by cross-validation on the training images, fit it without and with the validation
-    images, put the one on the last stage on the network; the row of the history."""
-    seen = _Seen(tuner)
-    if isinstance(seen.views[0], Recomputed):
-        tuner.note(f"neither cache_gigabytes = {tuner.settings.cache_gigabytes} nor memory has room for what "
-                   f"the head sees; it is computed anew whenever it is needed, which takes long")
+    images: the one on the last stage, the one that is returned, logits of the training, validation and
+    test images, and whether every stage is looked at."""
     choice = seen.choice(tuner.train, tuner.seed)
     looks_at = _looks_at(phase, choice)
 
@@ -104,13 +103,23 @@ def _fit_head(tuner: TunerState, phase: Phase) -> dict:
 
     on_last = fitted(tuner.train, False)
     compared = wanted(tuner.train, on_last)
-    _set_head(tuner.backbone, on_last)
     returned = wanted(np.concatenate([tuner.train, tuner.val]), None)
+    logits = seen.logits(compared, tuner.train), seen.logits(compared, tuner.val)
+    return on_last, returned, (*logits, seen.logits(returned, tuner.test)), looks_at != "last"
+
+def _fit_head(tuner: TunerState, phase: Phase) -> dict:
+    """Fit the heads, put the one on the last stage on the network; the row of the history. Of several
+    processes the first one solves, on features that all have computed."""
+    seen = _Seen(tuner)
+    if isinstance(seen.views[0], Recomputed):
+        tuner.note(f"neither cache_gigabytes = {tuner.settings.cache_gigabytes} nor memory has room for what "
+                   f"the head sees; it is computed anew whenever it is needed, which takes long")
+    solved = from_first(lambda: _solve_heads(tuner, phase, seen), tuner.device)
+    on_last, returned, (train, val, test), every = solved
+    _set_head(tuner.backbone, on_last)
     tuner.start = copy_state(tuner.backbone.model)
-    tuner.head = Head(seen.logits(compared, tuner.val), tuner.labels[tuner.val], tuner.start,
-                      looks_at != "last", *returned, seen.logits(returned, tuner.test))
-    now = tuner.head.score
-    before = score(seen.logits(compared, tuner.train), tuner.labels[tuner.train])
+    tuner.head = Head(val, tuner.labels[tuner.val], tuner.start, every, *returned, test)
+    before, now = score(train, tuner.labels[tuner.train]), tuner.head.score
     return {"epoch": 1, "train_loss": before.loss, "val_loss": now.loss, "val_accuracy": now.accuracy}
 
 # %% ../../nbs/tools/fitting.ipynb #72416dd3
@@ -211,6 +220,9 @@ def _source(tuner: TunerState, phase: Phase, lower: nn.Module, rows: np.ndarray,
 def _train(tuner: TunerState, phase: Phase, resume: bool, run: dict) -> None:
     """Train the upper stages with AdamW, by `fit` of chapter 04; the epoch that is best on the validation
     images is kept."""
+    if phase.batch_stats and ranks().count > 1:
+        raise SFTError("batch_stats = True: each process would take its own share's statistics for those of "
+                       "the batch; use batch_stats=False, or one process.")
     b = tuner.backbone
     objective = _objective(phase, tuner.labels[tuner.train], len(tuner.catalog.classes))
     start = copy_state(b.model)
@@ -239,8 +251,18 @@ def _val_logits(tuner: TunerState, upper: nn.Module, held: Source) -> Callable[[
     n, at_once = len(tuner.val), pictures_at_once(tuner.device, tuner.size)
 
     def logits():
-        return sum(predict_logits(upper, held(view), n, at_once) for view in (0, 1)) / 2
+        return sum(_logits_in_turns(upper, held(view), n, at_once) for view in (0, 1)) / 2
     return logits
+
+def _logits_in_turns(upper: nn.Module, inputs: Callable, n: int, at_once: int) -> torch.Tensor:
+    "As `predict_logits`; of several processes each asks about a part of the blocks, and all get all."
+    if ranks().count == 1:
+        return predict_logits(upper, inputs, n, at_once)
+    device = next(upper.parameters()).device
+
+    def block(rows):
+        return predict_logits(upper, lambda at: inputs(rows[at]), len(rows), len(rows)).cpu()
+    return torch.cat(list(in_turns(batches(n, at_once), block))).to(device)
 
 # %% ../../nbs/tools/fitting.ipynb #gu0vain2
 def _in_vain(history: list[dict], begun: float, after: int) -> bool:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from .settings import SFTError
+from .processes import share, whole_batch
 
 # %% ../../nbs/tools/steps.ipynb #864a9590
 def add_gradients(model: nn.Module, inputs: Callable[[np.ndarray], torch.Tensor], labels: torch.Tensor,
@@ -110,11 +111,14 @@ def train_epoch(model: nn.Module, inputs: Callable[[np.ndarray], torch.Tensor], 
     before = {k: v.detach().clone() for k, v in model.state_dict().items()}
     for rows in order:
         for g in optimizer.param_groups: g["lr"] = g.setdefault("base", g["lr"]) * rate(step)
+        mine = share(rows)  # all of them, but where several processes train
         def gradients(micro):
             optimizer.zero_grad(set_to_none=True)
-            if loss: return add_summed_gradients(model, inputs, labels, rows, loss, micro, precision)
-            return add_gradients(model, inputs, labels, rows, label_smoothing, micro, precision), len(rows)
-        (total, counted), micro = within_memory(gradients, micro, len(rows))
+            if not len(mine): return next(model.parameters()).new_zeros(()), 0
+            if loss: return add_summed_gradients(model, inputs, labels, mine, loss, micro, precision)
+            return add_gradients(model, inputs, labels, mine, label_smoothing, micro, precision), len(mine)
+        (total, counted), micro = within_memory(gradients, micro, len(mine))
+        total, counted = whole_batch(model, total, counted)
         if clip: nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
         optimizer.step()
         if average is not None: average.update_parameters(model)

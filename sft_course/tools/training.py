@@ -16,6 +16,7 @@ from torch import nn
 from .figures import progress
 from .settings import SFTError
 from .torch_state import seeded
+from .processes import agreed, is_first
 from .checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
 from .steps import Diverged, train_epoch
 from sft_course.loop import (
@@ -161,11 +162,13 @@ def fit(model: nn.Module, train: tuple, held: tuple | Callable[[nn.Module], Scor
     steps = len(batches(len(train[1]), batch_size))
     bar = progress(total=epochs * steps, initial=len(history) * steps + done.get("steps", 0), desc=title)
     def save():
-        file and save_checkpoint(file, model, optimizer, average, history=history, best=best, part=done,
-                                 plan=plan, also=also or {})
+        if not file or not is_first(): return  # of several processes one writes
+        save_checkpoint(file, model, optimizer, average, history=history, best=best, part=done, plan=plan,
+                        also=also or {})
     try:
         # a host may have switched gradients off; training cannot do without them
-        with stop_signals() as asked, bar, torch.inference_mode(False), torch.enable_grad():
+        with stop_signals() as told, bar, torch.inference_mode(False), torch.enable_grad():
+            asked = agreed(told)  # of several processes all stop, and after the same step
             while (e := len(history)) < epochs and not _over(history, patience, enough):
                 (before or (lambda epoch: model.train()))(e)
                 shown = order(e) if order else batches(len(train[1]), batch_size, (seed, e))
@@ -173,13 +176,13 @@ def fit(model: nn.Module, train: tuple, held: tuple | Callable[[nn.Module], Scor
                                    average=average, **how)
                 if done["steps"] < len(shown):
                     save()
-                    raise Stopped(asked(), file)
+                    raise Stopped(asked(), file)  # what all agree on comes after the save
                 history.append({"epoch": e + 1, "train_loss": done["loss"]} | _judge(judged, held, e + 1))
                 if choose(history) == e + 1: best = copy_state(judged)
                 done = {}
                 save()
                 if watch: watch(history[-1])
-                if asked(): raise Stopped(asked(), file)
+                if came := asked(): raise Stopped(came, file)
     finally:
         if best is not None: model.load_state_dict(best)
     return Fitted(history, choose(history))

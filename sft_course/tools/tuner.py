@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from .settings import expanded, load_settings, Settings, SFTError
+from .processes import first_here, is_first
 from .torch_state import own_torch_state, pick_device
 from .budget import require_memory
 from .catalog import Catalog, printable, require_test
@@ -92,8 +93,8 @@ class TunerState:
         self.settings = (settings or load_settings()).change(size=size, seed=seed)
         self.out = _folder(out)
         self.keep_checkpoint = keep_checkpoint
-        self.watch = _watcher(watch, self.out)
-        self.say = say
+        self.watch = _watcher(watch, self.out) if is_first() else None
+        self.say = say if is_first() else None
         self._nothing_yet()
         catalog = open_data(data, self.seed, self.cache, val=val, test=test)
         self.backbone = _network_for(backbone, weights, self.settings)
@@ -125,7 +126,8 @@ class TunerState:
         _require_parts(catalog)
         require_memory(1, self.size, _bytes_of_one(self.backbone, self.size), _free_on(self.device))
         side = decoded_size(self.size, self.backbone.crop)
-        self.pixels = decode_once(catalog, side, self.cache, budget_bytes=self.budget)
+        with first_here():
+            self.pixels = decode_once(catalog, side, self.cache, budget_bytes=self.budget)
         self.catalog = self._with_leaks(self.pixels.catalog)
         self.labels = torch.from_numpy(self.catalog.labels).to(self.device)
         self.train, self.val, self.test = (self.catalog.rows(p) for p in ("train", "val", "test"))
