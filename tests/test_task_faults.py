@@ -156,9 +156,9 @@ TABLES = {
     "an image cut off": (
         after(numbers(), lambda top: (top / "3.png").write_bytes((top / "3.png").read_bytes()[:300])),
         "number",
-        "3.png cannot be read as a picture",
+        "3.png cannot be read as an image",
     ),
-    "an empty image": (after(numbers(), bytes_at("3.png", b"")), "number", "3.png cannot be read as a picture"),
+    "an empty image": (after(numbers(), bytes_at("3.png", b"")), "number", "3.png cannot be read as an image"),
     "an image of one colour": (after(numbers(), blank("3.png")), "number", "3.png has one colour everywhere"),
     "training and test share an image": (
         after(lambda top: table(top, "path,size,split", [*SPLIT[:6], "6.png,0.5,test", SPLIT[7]]), copy("0.png", "6.png")),
