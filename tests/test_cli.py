@@ -305,7 +305,7 @@ def stop_when(process, there, number, patience=240):
 FIT = ("fit", "noise", *EASY, "--seed", "5")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)], ids=["ctrl-c", "sigterm"])
 def test_a_fit_that_is_stopped_says_how_to_go_on_and_goes_on_to_the_same_bytes(cli, hard, number):
     out = f"stopped-{number}"
     args = (*FIT, "--out", out)

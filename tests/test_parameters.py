@@ -106,6 +106,7 @@ def test_trial_0_is_the_default_and_the_chosen_one_has_the_lowest_loss(whole):
     assert whole.result.card["phases"][1]["lr"] == whole.chosen["lr"] or whole.result.card["chosen"] == "head"
 
 
+@pytest.mark.long
 def test_a_search_in_pieces_is_the_search_in_one(flowers, whole, tmp_path):
     out = tmp_path / "search"
     for trials in (1, 3, 5):
@@ -164,6 +165,7 @@ def test_two_processes_share_one_search(flowers, whole, tmp_path):
     assert len([p for p in out.iterdir() if p.is_dir()]) == 1
 
 
+@pytest.mark.long
 def test_a_database_serves_as_well(flowers, whole, tmp_path):
     address = f"sqlite:///{tmp_path / 'study.db'}"
     quick(flowers, None, storage=address, trials=2)
@@ -246,6 +248,7 @@ def test_ctrl_c_says_how_to_go_on(app, flowers, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not (PHOTOS / "hands").is_dir(), reason="the photographs are not here")
+@pytest.mark.long
 def test_tune_on_photographs_of_hands(tmp_path):
     catalog = scan(PHOTOS / "hands", 0).sample_per_class(8)
     found = tune(catalog, out=tmp_path / "s", trials=2, space=SMALL, start=START, size=64)
