@@ -463,6 +463,8 @@ def _fit_texts(file: Path, artifact: Path, test: Path | None, strict: bool, as_j
 
 def _fit_chats(file: Path, artifact: Path, device: str | None, as_json: bool, how: dict, plan: dict) -> None:
     "Fine-tune a language model on chats, and say what came of it."
+    from sft_course.tools.extras import require_extra
+    require_extra("text", "transformers", "peft")
     from sft_course.tools.chat_command import told_of_chats
     from sft_course.tools.chat_run import fine_tune_chats
     from sft_course.tools.torch_state import pick_device
@@ -722,6 +724,8 @@ def _predict_texts(folder: Path, given: list[Path], csv: Path | None, as_json: b
 
 def _predict_chats(folder: Path, given: list[Path], csv: Path | None, as_json: bool) -> None:
     "Print what a language model answers to prompts, or write it to the table `csv`."
+    from sft_course.tools.extras import require_extra
+    require_extra("text", "transformers", "peft")
     from sft_course.tools.chat_command import last_said, read_prompts
     from sft_course.tools.chat_run import load_chat_model
     from sft_course.tools.files import plain_frame
