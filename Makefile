@@ -51,10 +51,10 @@ demo: $(LIBRARY) ## draw Blooms, fine-tune on them, compare with training from s
 test: $(READY) ## exports and README in sync, every notebook, pytest
 	$(BIN)/python -m pytest tests/test_sync.py
 	$(ONE_THREAD) SFT_STRICT=1 $(BIN)/nbdev-test --n-workers 2 --timing nbs
-	$(ONE_THREAD) $(BIN)/python -m pytest tests --ignore tests/test_sync.py --ignore tests/test_docs.py --numprocesses 2 --dist loadfile
+	$(ONE_THREAD) TURNS=1 $(BIN)/python -m pytest tests --ignore tests/test_sync.py --ignore tests/test_docs.py --numprocesses 2 --dist loadfile
 
 test-long: $(READY) ## what `make test` leaves out: the other chapters on photographs, ten times the faults, every chapter in Chromium
-	$(BIN)/python -m pytest tests -m long
+	$(BIN)/python -m pytest tests -m "long or slow"
 	FAULTS=long $(BIN)/python -m pytest tests/faults
 	$(BIN)/python -m pytest tests/browser
 

@@ -6,6 +6,7 @@
 __all__ = ['default_phases', 'fine_tune', 'scratch_phase', 'demo']
 
 # %% ../nbs/09_recipe.ipynb #07189388
+from dataclasses import replace
 from pathlib import Path
 from fastcore.meta import delegates
 from torch import nn
@@ -19,8 +20,9 @@ from .tools.engine import FineTuner
 # %% ../nbs/09_recipe.ipynb #381027ff
 def default_phases(settings: Settings, *, train: int | str | None = None, epochs: int | None = None,
                    lr: float | None = None, batch_size: int | None = None) -> tuple[Phase, ...]:
-    """The best head on frozen features, then the upper six stages from there in small batches; more epochs
-    in the full profile. What is given changes the second phase; with `train="head"` there is none."""
+    """The best head on frozen features; then the upper six stages from there in small batches, first for two
+    epochs as a trial, and where it helps for six more, twelve in the full profile. What is given changes the
+    tuning, which is then one phase without a trial; with `train="head"` there is none."""
     given = {k: v for k, v in {"epochs": epochs, "lr": lr, "batch_size": batch_size}.items() if v is not None}
     if train == "head" and given:
         raise SFTError(f"train = 'head': only the head is fitted, so {' and '.join(given)} would change "
@@ -30,7 +32,10 @@ def default_phases(settings: Settings, *, train: int | str | None = None, epochs
     if isinstance(train, str) and train.isdecimal():  # as a command line has it
         train = int(train)
     usual = {"epochs": settings.pick(quick=6, full=12), "batch_size": 8}
-    return Phase("head"), Phase(6 if train is None else train, **usual | given)
+    tuning = Phase(6 if train is None else train, **usual | given)
+    if train is not None or given:
+        return Phase("head"), tuning
+    return Phase("head"), replace(tuning, epochs=2, views=0, trial=True), tuning
 
 # %% ../nbs/09_recipe.ipynb #a4cfe21e
 @delegates(FineTuner)

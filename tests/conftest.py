@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -5,10 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from turns import by_turns
 from warm import Warm
 
 REPO = Path(__file__).parent.parent
 PHOTOS = REPO.parent / "shared" / "data" / "ants_bees"
+
+
+def pytest_collection_modifyitems(config, items):
+    "Under TURNS, as `make test` sets it: a third of the tests marked `slow`, and others after another commit."
+    if not os.environ.get("TURNS"):
+        return
+    slow = sorted((item for item in items if item.get_closest_marker("slow")), key=lambda item: item.nodeid)
+    now = {item.nodeid for item in by_turns(slow, -(-len(slow) // 3))} if slow else set()
+    later = [item for item in slow if item.nodeid not in now]
+    config.hook.pytest_deselected(items=later)
+    items[:] = [item for item in items if item not in later]
 
 
 @pytest.fixture(scope="session")
@@ -52,10 +65,10 @@ def cli():
     "Run `sft-course` as a stranger would, and return what came back."
     warm = Warm()
 
-    def run(*args, cwd=None, env=None, timeout=300):
+    def run(*args, cwd=None, env=None, timeout=300, load=()):
         args = list(map(str, args))
         if warm.takes(env):
-            return warm.run(args, cwd, env, timeout)
+            return warm.run(args, cwd, env, timeout, load)
         command = [Path(sys.executable).parent / "sft-course", *args]
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 

@@ -335,6 +335,7 @@ tuner.run(Phase(2, epochs=1, views=2, batch_size=8), Phase(6, epochs=3, lr=1e-2,
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_to_the_same_bytes(data, tmp_path, cache):
     def run(out, how):
         env = os.environ | {"PYTHONPATH": str(REPO), "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}

@@ -300,6 +300,7 @@ def _is_text(call):
     return not any(isinstance(m, str) and "b" in m for m in modes)
 
 
+@pytest.mark.slow
 def test_names_survive_a_locale_that_cannot_write_them(tmp_path, cache):
     draw(tmp_path / "data", classes=("a", "b"))
     rows = [f"data/{f.parent.name}/{f.name},{dict(a='müller', b='日本')[f.parent.name]}" for f in sorted((tmp_path / "data").rglob("*.jpg"))]

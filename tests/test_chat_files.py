@@ -124,6 +124,7 @@ def test_an_option_of_chats_is_refused_elsewhere(command, tmp_path):
     assert status == 1 and "--rank is for chats" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 def test_a_stopped_command_goes_on_to_the_same_bytes(base, file, command, tmp_path, how):
     words = ["fit", str(file), "--out", "a", "--backbone", str(base), "--epochs", "20", "--batch-size", "2", "--lr", "1e-3"]

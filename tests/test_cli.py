@@ -167,12 +167,14 @@ def test_predict_after_fit(fitted, cli):
     assert all(abs(sum(p["probabilities"].values()) - 1) < 1e-4 for p in found)
 
 
+@pytest.mark.slow
 def test_predict_names_the_file_that_cannot_be_read(fitted, cli):
     place, _ = fitted
     assert "data/waves/text.jpg: cannot be read" in sentence(cli("predict", "data-model", "data/waves/text.jpg", cwd=place))
     assert "gone.jpg: there is no such file" in sentence(cli("predict", "data-model", "gone.jpg", cwd=place))
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_with_and_without_the_caches(fitted, cli, tmp_path):
     place, first = fitted
     again = cli("fit", "data", *EASY, "--out", "again", "--json", cwd=place, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)})
@@ -181,6 +183,7 @@ def test_same_seed_same_bytes_with_and_without_the_caches(fitted, cli, tmp_path)
     assert (place / "data-model" / "model.safetensors").read_bytes() == (place / "again" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_demo_runs_on_what_the_nearest_settings_file_says(cli, tmp_path, stripes):
     (tmp_path / "settings.ini").write_text("[course]\ndataset = stripes\nimage_size = 64\nseed = 3\n")
     done = cli("demo", "--out", "out", cwd=tmp_path)
@@ -214,6 +217,7 @@ def test_evaluate_matches_classes_by_name(fitted, cli, tmp_path):
     assert page.startswith("<!doctype html>") and "of 5 test images" in page and "broken.jpg" in page
 
 
+@pytest.mark.slow
 def test_evaluate_uses_the_split_that_is_there_and_says_when_it_was_learned_from(fitted, cli, tmp_path):
     place, _ = fitted
     draw(tmp_path / "split" / "train", n=3)
@@ -228,6 +232,7 @@ def test_evaluate_uses_the_split_that_is_there_and_says_when_it_was_learned_from
     assert "was fitted on these very images" in cli("evaluate", "data-model", "data", cwd=place).stdout
 
 
+@pytest.mark.slow
 def test_evaluate_refuses_classes_that_the_network_does_not_know(fitted, cli, tmp_path):
     place, _ = fitted
     draw(tmp_path / "new", ("Waves", "spots"), n=2)
@@ -305,6 +310,7 @@ def stop_when(process, there, number, patience=240):
 FIT = ("fit", "noise", *EASY, "--seed", "5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)], ids=["ctrl-c", "sigterm"])
 def test_a_fit_that_is_stopped_says_how_to_go_on_and_goes_on_to_the_same_bytes(cli, hard, number):
     out = f"stopped-{number}"
@@ -324,6 +330,7 @@ def test_a_fit_that_is_stopped_says_how_to_go_on_and_goes_on_to_the_same_bytes(c
     assert (hard / out / "model.safetensors").read_bytes() == (hard / "whole" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_stopped_before_training_it_is_a_sentence_and_nothing_is_half_written(hard, tmp_path, number):
     process = start(hard, "fit", "noise", "--out", str(tmp_path / "out"), "--image-size", "65")

@@ -199,6 +199,7 @@ def test_a_second_fit_takes_the_next_free_name(fitted, cli, tmp_path):
     assert bytes_of(place / "photos-model") == before
 
 
+@pytest.mark.slow
 def test_a_model_that_was_named_is_not_replaced(fitted, cli):
     place, _ = fitted
     before = bytes_of(place / "photos-model")
@@ -242,6 +243,7 @@ def test_artifacts_are_named_and_placed_where_nothing_lies_and_never_in_the_data
         _outside(data / "waves" / "model", None, data)
 
 
+@pytest.mark.slow
 def test_fit_on_the_working_directory_writes_beside_it(fitted, cli):
     place, _ = fitted
     done = cli("fit", ".", *EASY, cwd=place / "photos")
@@ -252,6 +254,7 @@ def test_fit_on_the_working_directory_writes_beside_it(fitted, cli):
     assert "lies inside" in refused(cli("fit", "photos", "--out", "photos/model", cwd=place))
 
 
+@pytest.mark.slow
 def test_home_is_expanded_and_suggestions_can_be_pasted(cli, stripes, tmp_path):
     home = os.environ | {"HOME": str(tmp_path)}
     done = cli("fit", "stripes", *EASY, "--out=~/my models/v 1", cwd=tmp_path, env=home)
@@ -273,6 +276,7 @@ def test_the_command_that_goes_on_can_be_pasted(monkeypatch):
 
 # ---- evaluate
 
+@pytest.mark.slow
 def test_evaluate_takes_the_classes_of_the_artifact(cli, tmp_path):
     "A class that the folder has no training images of is asked about too, and a folder with a test split alone will do."
     if not CASES.is_dir():
@@ -290,6 +294,7 @@ def test_evaluate_takes_the_classes_of_the_artifact(cli, tmp_path):
         assert (told["n"], round(told["accuracy"], 3), told["classes"]) == (18, .889, ["a", "b", "c"]), name
 
 
+@pytest.mark.slow
 def test_a_second_report_takes_the_next_free_name_and_none_of_a_persons(fitted, cli, tmp_path):
     place, _ = fitted
     first, second = (one_object(cli("evaluate", "photos-model", "photos", "--json", cwd=place))["report"] for _ in range(2))
@@ -312,6 +317,7 @@ def test_predict_goes_through_a_folder_and_names_what_cannot_be_read(fitted, cli
     assert "text.jpg" in said[0] and "gone.jpg" in said[1] and said[2] == "sft-course: 2 of 15 files could not be read and were skipped"
 
 
+@pytest.mark.slow
 def test_predict_writes_a_table_with_the_most_probable_classes(fitted, cli, tmp_path):
     place, _ = fitted
     done = cli("predict", "photos-model", "photos", "--csv", tmp_path / "out.csv", "--top", "3", cwd=place)
@@ -428,6 +434,7 @@ def test_waiting_threads_sleep_unless_somebody_has_said_otherwise(monkeypatch):
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE" and "KMP_BLOCKTIME" not in os.environ
 
 
+@pytest.mark.slow
 def test_the_command_asks_for_it_before_torch_is_loaded(tmp_path):
     "libgomp reads the environment when it is loaded, and says what it read where OMP_DISPLAY_ENV asks for it."
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "KMP_"))} | {"OMP_DISPLAY_ENV": "true"}
@@ -435,6 +442,7 @@ def test_the_command_asks_for_it_before_torch_is_loaded(tmp_path):
     assert done.returncode == 0 and "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_few_small_images_take_one_thread():
     code = ("import torch; from sft_course.tools.cli import _few_threads; torch.set_num_threads(2); {}; print(torch.get_num_threads())")
     for call, threads in (("_few_threads(60, 64)", "1"), ("_few_threads(60, 192)", "2"), ("_few_threads(5000, 64)", "2")):
@@ -444,6 +452,7 @@ def test_few_small_images_take_one_thread():
 
 # ---- doctor and cache
 
+@pytest.mark.slow
 def test_doctor_says_what_a_bug_report_needs(cli):
     told = one_object(cli("doctor", "--json"))
     assert set(told) == {"versions", "settings", "device", "threads", "cache", "weights", "speed"}

@@ -66,6 +66,7 @@ def test_importing_the_modules_imports_no_keras():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 @needs_keras
 def test_opening_is_silent():
     code = "from sft_course.tools.keras_start import open_keras; open_keras(); import tensorflow"
@@ -172,6 +173,7 @@ def decoded(stripes, tmp_path):
     return decode_once(scan(stripes), decoded_size(64), tmp_path)
 
 
+@pytest.mark.slow
 @needs_keras
 def test_an_epoch_ends_where_torch_ends_and_leaves_the_frozen_part_alone(decoded, monkeypatch):
     net, history = upper_loop(decoded, .003, 0, 2, 64)
@@ -198,6 +200,7 @@ def test_the_best_epoch_is_what_comes_back(decoded):
 
 # ---- another backend
 
+@pytest.mark.slow
 @needs_keras
 def test_the_twin_and_its_views_on_the_torch_backend(tmp_path, monkeypatch):
     code = """

@@ -149,6 +149,7 @@ def test_a_recipe_gets_its_objective_where_stages_train():
         with_objective((Phase("head"),), loss="focal")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["blooms", "hands"])
 def test_an_own_loss_learns_on_flowers_and_on_hands(data, cache):
     if data == "hands":

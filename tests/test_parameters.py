@@ -106,6 +106,7 @@ def test_trial_0_is_the_default_and_the_chosen_one_has_the_lowest_loss(whole):
     assert whole.result.card["phases"][1]["lr"] == whole.chosen["lr"] or whole.result.card["chosen"] == "head"
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_search_in_pieces_is_the_search_in_one(flowers, whole, tmp_path):
     out = tmp_path / "search"
@@ -134,6 +135,7 @@ def script(flowers, out, more=""):
                             stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(REPO)})
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_with_the_trial_it_died_in(flowers, whole, tmp_path):
     out = tmp_path / "search"
     die = """
@@ -153,6 +155,7 @@ def test_a_killed_search_goes_on_with_the_trial_it_died_in(flowers, whole, tmp_p
     assert drawn == {(r.lr, r.train) for r in whole.trials.itertuples()}
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_search(flowers, whole, tmp_path):
     out = tmp_path / "search"
     workers = [script(flowers, out) for _ in range(2)]
@@ -165,6 +168,7 @@ def test_two_processes_share_one_search(flowers, whole, tmp_path):
     assert len([p for p in out.iterdir() if p.is_dir()]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_database_serves_as_well(flowers, whole, tmp_path):
     address = f"sqlite:///{tmp_path / 'study.db'}"
@@ -200,6 +204,7 @@ def test_what_cannot_be_is_one_sentence(flowers, how, sentence):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.slow
 def test_another_search_in_the_folder_is_refused(flowers, tmp_path):
     quick(flowers, tmp_path / "s", trials=1)
     with pytest.raises(SFTError, match="other size"):
@@ -229,6 +234,7 @@ def run(app, *words):
     return CliRunner().invoke(app, ["tune", *map(str, words)])
 
 
+@pytest.mark.slow
 def test_the_command_on_flowers(app, flowers, tmp_path):
     words = (flowers, "--out", tmp_path / "s", "--trials", 2, "--image-size", 64, "--json",
              "--search", "train=1,2", "--search", "epochs=1,2")
@@ -247,6 +253,7 @@ def test_ctrl_c_says_how_to_go_on(app, flowers, tmp_path, monkeypatch):
     assert ran.exit_code == 130 and "the same command goes on" in ran.output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (PHOTOS / "hands").is_dir(), reason="the photographs are not here")
 @pytest.mark.long
 def test_tune_on_photographs_of_hands(tmp_path):

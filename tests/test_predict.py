@@ -262,6 +262,7 @@ def test_a_home_folder_is_written_out(result, image, tmp_path, monkeypatch):
 
 # ---- alone or not, and under whatever the host has set
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["result", "wide"])
 def test_many_threads_at_once(which, folder, request):
     network, files = request.getfixturevalue(which), sorted(folder.rglob("*.png"))

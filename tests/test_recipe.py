@@ -198,6 +198,7 @@ def never_stopped(hard, tmp_path_factory):
     return weights(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", range(1, 6))
 def test_a_run_killed_after_any_epoch_of_any_phase_goes_on_to_the_same_bytes(hard, never_stopped, tmp_path, rows):
     with pytest.raises(Killed):
@@ -207,6 +208,7 @@ def test_a_run_killed_after_any_epoch_of_any_phase_goes_on_to_the_same_bytes(har
     assert weights(tmp_path) == never_stopped
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_gets_there_too(hard, never_stopped, tmp_path):
     for rows in (2, 3, 4, 5):
         with pytest.raises(Killed):
@@ -250,21 +252,23 @@ def test_a_stop_signal_lets_the_step_end_and_the_run_goes_on_from_there(hard, tm
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
-VAIN = (Phase("head", looks_at="last"), Phase(3, epochs=4, batch_size=8, views=2, lr=.03, warmup=0, give_up=2))
+TRIED = (Phase("head", looks_at="last"), Phase(3, epochs=2, batch_size=8, views=2, lr=.03, warmup=0, trial=True), Phase(3, epochs=2, views=2))
 
 
-def test_a_phase_that_does_not_help_gives_up_and_a_stopped_run_gives_up_in_the_same_place(hard, tmp_path):
+@pytest.mark.slow
+def test_after_a_trial_in_vain_no_more_is_tuned_and_a_stopped_run_ends_in_the_same_place(hard, tmp_path):
     said = []
 
     def run(out, stop_at=None, resume=False):
         def watch(row):
             if row["phase"] == 2 and row["epoch"] == stop_at:
                 raise Killed
-        return FineTuner(hard, "lite0", out=out, weights=None, watch=watch, say=said.append, **SMALL).run(*VAIN, resume=resume)
+        return FineTuner(hard, "lite0", out=out, weights=None, watch=watch, say=said.append, **SMALL).run(*TRIED, resume=resume)
     result = run(tmp_path / "whole")
-    assert [row["epoch"] for row in result.history] == [1, 1, 2] and result.card["chosen"] == "head"
-    assert min(row["val_loss"] for row in result.history[1:]) >= result.history[0]["val_loss"]
-    assert any("given up after 2 of 4 epochs" in sentence for sentence in said)
+    assert [row["phase"] for row in result.history] == [1, 2, 2] and result.card["chosen"] == "head"
+    assert [phase["trial"] for phase in result.card["phases"]] == [False, True]
+    assert any("the trial did not help" in sentence for sentence in said)
+    assert run(tmp_path / "whole", resume=True).accuracy == result.accuracy
     for epoch in (1, 2):
         with pytest.raises(Killed):
             run(tmp_path / str(epoch), stop_at=epoch)
@@ -272,12 +276,12 @@ def test_a_phase_that_does_not_help_gives_up_and_a_stopped_run_gives_up_in_the_s
         assert weights(tmp_path / str(epoch)) == weights(tmp_path / "whole")
 
 
-def test_a_phase_that_helps_does_not_give_up(stripes):
+def test_after_a_trial_that_helps_the_next_phase_runs(stripes):
     "From random weights, where nothing is known yet."
-    phase = Phase("all", epochs=3, lr=1e-3, views=0, batch_stats=True, give_up=2)
-    result = FineTuner(stripes, "lite0", weights=None, **SMALL).run(phase)
+    phase = Phase("all", epochs=2, lr=1e-3, views=0, batch_stats=True, trial=True)
+    result = FineTuner(stripes, "lite0", weights=None, **SMALL).run(phase, replace(phase, trial=False))
     losses = [row["val_loss"] for row in result.history]
-    assert len(losses) == 3 and min(losses) < np.log(2)
+    assert len(losses) == 4 and losses[1] < np.log(2)
 
 
 def test_two_runs_do_not_share_a_folder(hard, tmp_path):

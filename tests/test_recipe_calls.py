@@ -60,6 +60,7 @@ def test_the_test_of_signs_is_the_exact_one():
 # ---- the head is never lost
 
 
+@pytest.mark.slow
 def test_the_head_is_in_the_checkpoint_before_anything_is_chosen(hard, tmp_path, monkeypatch):
     from sft_course.tools import engine
     from sft_course.tools import phases as choosing
@@ -126,6 +127,7 @@ def test_candidates_can_be_compared_and_put_into_sets():
 # ---- room
 
 
+@pytest.mark.slow
 def test_the_head_phase_keeps_no_more_than_the_cache_may_hold(hard, tmp_path):
     def run(gigabytes):
         cache = tmp_path / str(gigabytes)
@@ -169,6 +171,7 @@ def test_a_catalog_without_a_test_part_is_refused(stripes):
         FineTuner(catalog.keep(catalog.part != "test"), NETWORK, **SMALL)
 
 
+@pytest.mark.slow
 def test_copies_between_parts_are_in_the_card(tmp_path):
     import shutil
     draw(tmp_path / "train")
@@ -276,6 +279,7 @@ def test_what_the_host_has_set_does_not_matter(hard, tmp_path, host):
 # ---- when it has ended
 
 
+@pytest.mark.slow
 def test_the_checkpoint_goes_when_a_run_has_ended_well(hard, tmp_path):
     phases = HEAD, Phase(2, epochs=1, views=1)
     fine_tune(hard, NETWORK, tmp_path / "a", phases=phases, **SMALL)
@@ -302,6 +306,7 @@ def test_a_run_that_has_ended_is_not_run_again(hard, tmp_path, monkeypatch, keep
             fine_tune(hard, NETWORK, tmp_path / "a", resume=True, **(how | other))
 
 
+@pytest.mark.slow
 def test_the_command_with_resume_gives_back_what_has_ended(cli, stripes, tmp_path):
     command = ("fit", "stripes", "--image-size", "64", "--train", "head", "--out", "model")
     cli(*command, cwd=tmp_path)

@@ -188,6 +188,7 @@ fine_tune_average(sys.argv[1], "wise", "lite0", sys.argv[2], size=48, resume=Tru
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
 def test_killed_and_resumed_the_weights_are_the_same_bytes(wise, data, tmp_path):
     run = [sys.executable, "-c", KILLED, str(data), str(tmp_path / "net")]
@@ -237,6 +238,7 @@ def test_the_command_abstains_in_lines_json_and_tables(wise, data, tmp_path):
     assert sum(",," in line for line in lines) == n
 
 
+@pytest.mark.slow
 def test_a_soup_says_what_it_is_made_of(data):
     card = fine_tune_average(data, "soup", "lite0", phases=RECIPE, size=48).card
     assert card["average"]["kind"] == "soup" and set(card["average"]["of"]) <= {1., .5, 2.}

@@ -145,6 +145,7 @@ def test_a_missing_package_is_one_sentence_with_the_command(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_torch_file_that_disagrees_leaves_what_was_there(tmp_path):
     from sft_course.tools import exporting
     result, images = a_result(), squares(3, 74)
@@ -342,6 +343,7 @@ def an_app():
     return app
 
 
+@pytest.mark.slow
 def test_commands_on_an_artifact(tmp_path):
     from sft_course.tools.model_card import HubStandIn
     rng = np.random.default_rng(0)

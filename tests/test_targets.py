@@ -154,6 +154,7 @@ def test_average_precision_is_that_of_the_libraries_ties_too():
     assert average_precision(p[:, :1], torch.zeros(60, 1)).isnan()
 
 
+@pytest.mark.slow
 def test_no_threshold_is_better_than_the_chosen_one():
     for seed in range(5):
         _, t, _ = drawn(seed)

@@ -341,6 +341,7 @@ fine_tune_task(sys.argv[1], out=sys.argv[2], image_size=None if sys.argv[4] == "
 LATER = pytest.mark.long  # the other two go the same way through the same code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, saves", [pytest.param("labels", 1, marks=LATER), ("number", 2), ("masks", 3),
                                          pytest.param("boxes", 3, marks=LATER)], ids=TASKS)
 def test_a_killed_run_goes_on_to_the_same_bytes(task, saves, fitted, data, tmp_path):

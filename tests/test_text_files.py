@@ -1,8 +1,5 @@
 "Tables of texts at the command line: fitted, asked, refused in a sentence, and gone on with after a stop."
 import json
-import os
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -21,14 +18,16 @@ def table(tmp_path_factory):
     return file
 
 
-def command(*words, cwd):
+@pytest.fixture
+def command(cli):
     "Exit status, output and errors of `sft-course`."
-    done = subprocess.run([sys.executable, "-m", "sft_course", *map(str, words)], cwd=cwd, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return done.returncode, done.stdout, done.stderr
+    def run(*words, cwd):
+        done = cli(*words, cwd=cwd, load=("transformers", "transformers.models.bert.modeling_bert", "tokenizers"))
+        return done.returncode, done.stdout, done.stderr
+    return run
 
 
-def test_a_table_is_fitted_and_asked_and_a_model_is_not_replaced(table, tmp_path):
+def test_a_table_is_fitted_and_asked_and_a_model_is_not_replaced(command, table, tmp_path):
     status, out, err = command("fit", table, "--out", "model", "--json", cwd=tmp_path)
     assert status == 0, err
     card = json.loads(out)
@@ -42,7 +41,7 @@ def test_a_table_is_fitted_and_asked_and_a_model_is_not_replaced(table, tmp_path
 
 @pytest.mark.parametrize("options, said", [(["--image-size", "64"], "--image-size is for images"),
                                            (["--backbone", "resnet18"], "--backbone is for images")])
-def test_what_only_images_have_is_refused(table, tmp_path, options, said):
+def test_what_only_images_have_is_refused(command, table, tmp_path, options, said):
     status, _, err = command("fit", table, *options, cwd=tmp_path)
     assert status == 1 and said in err and "Traceback" not in err and list(tmp_path.iterdir()) == []
 
@@ -70,6 +69,7 @@ def test_a_table_of_images_holds_no_texts(tmp_path):
         predict_texts(tmp_path, ["a"])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bytes(table, tmp_path, monkeypatch):
     save = training.save_checkpoint
     how = {"train": 1, "epochs": 2}

@@ -31,12 +31,13 @@ class Warm:
         changed = {k for k in {*os.environ, *(env or os.environ)} if os.environ.get(k) != (env or os.environ).get(k)}
         return all(k.startswith(OURS) for k in changed)
 
-    def run(self, args: list[str], cwd: str | None, env: dict[str, str] | None, timeout: float) -> subprocess.CompletedProcess:
-        "What `subprocess.run` gives back for `sft-course` with these arguments."
+    def run(self, args: list[str], cwd: str | None, env: dict[str, str] | None, timeout: float,
+            load: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+        "What `subprocess.run` gives back for `sft-course` with these arguments; load: what else is to be loaded beforehand."
         if self.server is None:
             self.server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         with tempfile.TemporaryDirectory() as folder:
-            asked = {"args": args, "cwd": str(cwd or os.getcwd()), "env": dict(env or os.environ), "folder": folder, "timeout": timeout}
+            asked = {"args": args, "cwd": str(cwd or os.getcwd()), "env": dict(env or os.environ), "folder": folder, "timeout": timeout, "load": load}
             self.server.stdin.write(json.dumps(asked) + "\n")
             self.server.stdin.flush()
             status = json.loads(self.server.stdout.readline())
@@ -94,6 +95,8 @@ def serve() -> None:
         importlib.import_module(name)
     for line in sys.stdin:
         asked = json.loads(line)
+        for name in asked["load"]:
+            importlib.import_module(name)
         pid = os.fork()
         if not pid:
             child(asked)

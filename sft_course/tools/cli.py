@@ -361,6 +361,9 @@ def fit(folder: Folder, out: Out = None, name: Name = None, task: TaskName = Non
     (.jsonl with `messages`, or `prompt` and `completion`) fine-tune a language model. Several labels,
     numbers, masks and boxes are fitted as such; the run says what it takes data for, and --task decides.
 
+    One label an image: after the head, two epochs of tuning are a trial, and where they do harm the run ends.
+    With --train, --epochs, --lr or --batch-size it tunes as you say, without a trial.
+
     Ctrl-C and SIGTERM let a step end, save, and say how to go on.
     """
     from sft_course.tools.sentences import holds_texts

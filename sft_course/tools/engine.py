@@ -205,18 +205,24 @@ def _seconds(tuner: TunerState, phases: tuple[Phase, ...]) -> list[float]:
     return [one * _forward_passes(tuner, p, operations / operations.sum()) for p in phases]
 
 # %% ../../nbs/tools/engine.ipynb #bdf42aa2
+def _length(phase: Phase) -> str:
+    "How long a phase trains, in words."
+    if phase.train == "head":
+        return ""
+    return f" for {phase.epochs or 6} epochs" + (" as a trial" if phase.trial else "")
+
 def _announce(tuner: TunerState, phases: tuple[Phase, ...], done: int) -> list[float]:
     "Say what will be run; the seconds that each phase may take. Nothing is timed where nobody listens."
     if not tuner.say:
         return []
     seconds = _seconds(tuner, phases)
     parts = f"{len(tuner.train)} to train on, {len(tuner.val)} for validation, {len(tuner.test)} for the test"
-    names = ", ".join(_name(p) + ("" if p.train == "head" else f" for {p.epochs or 6} epochs")
-                      for p in phases)
+    names = ", ".join(_name(p) + _length(p) for p in phases)
+    most = "at most " if any(p.trial for p in phases) else ""
     gone_on = f"; {done} of {len(phases)} phases are done already" if done else ""
     tuner.tell(f"{len(tuner.catalog)} images of {len(tuner.catalog.classes)} classes ({parts}); "
                f"{tuner.backbone.name} at {tuner.size} pixels on {tuner.device}; "
-               f"phases: {names}{gone_on}; this takes about {_duration(sum(seconds[done:]))}")
+               f"phases: {names}{gone_on}; this takes {most}about {_duration(sum(seconds[done:]))}")
     return seconds
 
 # %% ../../nbs/tools/engine.ipynb #dac3ffad
@@ -246,12 +252,14 @@ def _watched(tuner: TunerState) -> Iterator[None]:
 
 # %% ../../nbs/tools/engine.ipynb #8d54c12a
 def _run_all(tuner: TunerState, phases: tuple[Phase, ...], resume: bool) -> None:
-    "The phases in order, or those that are left; none that could not be clearly better than the head."
+    """The phases in order, or those that are left: none that could not be clearly better than the head, and
+    none after a trial that did harm."""
     plan = _plan(tuner, phases)
     done, inside = _restore(tuner, plan) if resume else (0, False)
     seconds = _announce(tuner, phases, done)
+    tuner.in_vain = False
     for i, phase in enumerate(phases[done:], done):
-        if not _can_gain(tuner):
+        if tuner.in_vain or not _can_gain(tuner):
             break
         tuner.title = f"phase {i + 1} of {len(phases)}, {_name(phase)}"
         tuner.tell(tuner.title + (f"; about {_duration(sum(seconds[i:]))} to go" if seconds else ""))

@@ -6,7 +6,6 @@
 __all__ = ['Source', 'Objective']
 
 # %% ../../nbs/tools/fitting.ipynb #fa34419d
-import math
 from functools import partial
 from typing import Callable
 import numpy as np
@@ -17,7 +16,7 @@ from ..data import to_input
 from ..backbones import Backbone
 from .settings import SFTError
 from .steps import Diverged
-from ..loop import batches, copy_state, predict_logits, score
+from ..loop import batches, copy_state, predict_logits, score, Score
 from .training import fit
 from .surgery import fold_for, pictures_at_once, split_at
 from .activations import activations, Recomputed
@@ -234,6 +233,7 @@ def _train(tuner: TunerState, phase: Phase, resume: bool, run: dict) -> None:
     source = _source(tuner, phase, lower, tuner.train)
     logits = _val_logits(tuner, upper, _source(tuner, phase, lower, tuner.val, fixed=(0, 1)))
     y = tuner.labels[tuner.val]
+    tuner.in_vain = phase.trial  # until it has come to its end
     try:
         _epochs(tuner, phase, stage, upper, source, objective, lambda _: score(logits(), y), resume, run)
     except Diverged as e:
@@ -265,9 +265,13 @@ def _logits_in_turns(upper: nn.Module, inputs: Callable, n: int, at_once: int) -
     return torch.cat(list(in_turns(batches(n, at_once), block))).to(device)
 
 # %% ../../nbs/tools/fitting.ipynb #gu0vain2
-def _in_vain(history: list[dict], begun: float, after: int) -> bool:
-    "Whether the first `after` epochs are over, and none had a lower validation loss than `begun`."
-    return len(history) >= after and min(row["val_loss"] for row in history) >= begun
+def _in_vain(phase: Phase, history: list[dict], begun: Score) -> bool:
+    """Whether a phase was a trial, and ended with a validation loss more than a twentieth above the one it
+    began with, and no more images right."""
+    if not phase.trial or not history:
+        return phase.trial
+    end = history[-1]
+    return end["val_loss"] > 1.05 * begun.loss and end["val_accuracy"] <= begun.accuracy
 
 # %% ../../nbs/tools/fitting.ipynb #00f66291
 Objective = tuple[Callable | None, Mixer | None]
@@ -304,7 +308,7 @@ def _epochs(tuner: TunerState, phase: Phase, stage: int, upper: nn.Module, sourc
     groups = param_groups(b, stage, phase.lr, phase.depth_decay, phase.weight_decay)
     rate = schedule(phase.schedule, epochs * steps, phase.warmup)
     current = {}  # the inputs of the epoch that runs
-    begun = evaluate(b.model).loss if phase.give_up else math.inf  # a stopped run begins here again
+    begun = evaluate(b.model) if phase.trial else None  # a stopped run begins here again
 
     def before(epoch):
         training_mode(b, stage, phase.batch_stats)
@@ -317,18 +321,18 @@ def _epochs(tuner: TunerState, phase: Phase, stage: int, upper: nn.Module, sourc
         tuner.log(phase, row, phase.lr * rate(row["epoch"] * steps - 1))
         tuner.show()
 
-    def hopeless(history):
-        return bool(phase.give_up) and _in_vain(history, begun, phase.give_up)
-
     optimizer = torch.optim.AdamW(groups, fused=True)
     fitted = fit(b.model, (inputs, labels), evaluate, optimizer, epochs, rate, part=upper, before=before,
-        watch=watch, enough=hopeless, batch_size=phase.batch_size, seed=tuner.seed,
+        watch=watch, batch_size=phase.batch_size, seed=tuner.seed,
         label_smoothing=phase.label_smoothing, micro=_micro(tuner, phase), loss=loss,
         order=_order(tuner, phase),
         checkpoint=tuner.out and tuner.out / "last.ckpt", resume=resume, also=run, title=tuner.title)
-    if len(fitted.history) < epochs:
-        tuner.tell(f"{tuner.title}: given up after {len(fitted.history)} of {epochs} epochs; none had a "
-                   f"lower validation loss than the start")
+    tuner.in_vain = _in_vain(phase, fitted.history, begun)
+    if tuner.in_vain:
+        end = fitted.history[-1]
+        tuner.tell(f"{tuner.title}: the trial did harm, so no more is tuned (validation loss "
+                   f"{begun.loss:.3f} before it and {end['val_loss']:.3f} after it, accuracy "
+                   f"{begun.accuracy:.3f} and {end['val_accuracy']:.3f})")
 
 # %% ../../nbs/tools/fitting.ipynb #ca766414
 def _micro(tuner: TunerState, phase: Phase) -> int | None:

@@ -27,10 +27,10 @@ class Phase:
     from in each epoch, 0 for a new view every time; batch_stats: whether batch norms use and update the
     statistics of batches (they must where nothing is pretrained); looks_at: the stages a head sees,
     `"last"`, `"every"`, `"both"` (the mean of two heads), `"either"`, the last unless cross-validation
-    clearly prefers every, or `"auto"`, both where it prefers neither; give_up: stop after that many epochs
-    unless one of them had a lower validation loss than the weights that the phase began with; loss: what is
-    minimised, a name of `LOSSES` or a function of logits (n, classes) and labels (n,) that gives losses (n,)
-    or a (sum, count); sampler: `"shuffle"`, `"balanced"`, or a function of labels (n,) and a generator that
+    clearly prefers every, or `"auto"`, both where it prefers neither; trial: whether the phases after this one
+    are left out where it did harm: a validation loss more than a twentieth above that of the weights it
+    began with, and no more validation images right; loss: what is minimised, a name of `LOSSES` or a function of logits
+    (n, classes) and labels (n,) that gives losses (n,) or a (sum, count); sampler: `"shuffle"`, `"balanced"`, or a function of labels (n,) and a generator that
     gives an epoch's n positions; augment: `"crops"`, `"strong"`, `"plain"`, `"mixup"`, `"cutmix"`, or a
     function of a number of images and a seed that gives views. Functions are held by a name of theirs.
     """
@@ -46,7 +46,7 @@ class Phase:
     label_smoothing: float = 0.
     batch_stats: bool = False
     looks_at: str = "auto"
-    give_up: int | None = None
+    trial: bool = False
     loss: str | Callable = "cross_entropy"
     sampler: str | Callable = "shuffle"
     augment: str | Callable = "crops"
@@ -75,7 +75,7 @@ _ALLOWED = {"epochs": lambda v: v is None or _count(v, 1), "lr": lambda v: 0 < v
             "warmup": lambda v: 0 <= v < 1, "batch_size": lambda v: _count(v, 2),
             "weight_decay": lambda v: 0 <= v < math.inf, "views": lambda v: _count(v, 0),
             "label_smoothing": lambda v: 0 <= v < 1, "looks_at": lambda v: v in _LOOKS_AT,
-            "give_up": lambda v: v is None or _count(v, 1)}
+            "trial": lambda v: isinstance(v, bool)}
 _NAMED = {"loss": LOSSES, "sampler": SAMPLERS, "augment": AUGMENTS}
 _USUAL = {"loss": "cross_entropy", "sampler": "shuffle", "augment": "crops"}
 

@@ -114,6 +114,7 @@ class TunerState:
         self.head = None  # the head as a candidate
         self.start = None  # the weights that tuning starts from
         self.tuned = None  # the best tuned weights as a candidate
+        self.in_vain = False  # whether the last phase was a trial that did harm
         self.chosen = None  # the network of the last result
         self.began = False  # whether what lies in `out` is from this run
 

@@ -84,6 +84,7 @@ def test_an_error_that_all_meet_is_one_sentence(run, tmp_path):
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "nowhere" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_one_rank_cannot_write_ends_all_with_one_sentence(run, noise, tmp_path):
     "Rank 0 alone writes the artifact, and a file lies where its folder should be made."
     (tmp_path / "file").write_text("", encoding="utf-8")
@@ -92,6 +93,7 @@ def test_what_one_rank_cannot_write_ends_all_with_one_sentence(run, noise, tmp_p
     assert done.returncode == 1 and len(said) == 1 and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_the_run_ends_the_same(two, begin, noise, tmp_path):
     if children(os.getpid()) is None:
         pytest.skip("this system does not say which processes a process has started")

@@ -54,6 +54,7 @@ def killed_and_resumed(model, place, run, tmp_path, n, size, *words):
     assert table.path.is_unique and len(table) == n and table.label.notna().all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="this system has no process groups")
 def test_a_killed_prediction_goes_on_with_every_file_once(model, place, run, tmp_path):
     killed_and_resumed(model, place, run, tmp_path, 305, 10)
@@ -65,6 +66,7 @@ def test_20_000_files_by_two_processes_killed_and_resumed(model, place, run, tmp
     killed_and_resumed(model, place, run, tmp_path, 20_000, 500, "--parquet", "--processes", 2)
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(model, run, tmp_path):
     images = draw_many(tmp_path / "images", 23)
     for name, words in {"one": [], "two": ["--processes", 2]}.items():
