@@ -189,7 +189,7 @@ def table(given):
     print(text)
     if given.write:
         report.write_tables(HERE / "README.md", text)
-        report.draw(rows, HERE / "peers.png")
+        report.draw(rows, REPO / "images" / "peers.png")
 
 
 def parse(argv=None):
@@ -211,7 +211,7 @@ def parse(argv=None):
     t = sub.add_parser("table", help="tables and figure of the results")
     t.set_defaults(do=table)
     t.add_argument("--results", type=Path)
-    t.add_argument("--write", action="store_true", help="into README.md and peers.png beside this file")
+    t.add_argument("--write", action="store_true", help="into README.md beside this file, and images/peers.png")
     o = sub.add_parser("one")
     o.set_defaults(do=one)
     o.add_argument("kind"), o.add_argument("what"), o.add_argument("folder")
