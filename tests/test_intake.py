@@ -464,3 +464,14 @@ def test_telephones_folders_without_the_extra(tmp_path):
 def test_small_images_of_digits(tmp_path):
     found = find_problems(decode_once(scan(case("mnist28")), 48, tmp_path))
     assert Counter(p.kind for p in found)["small"] == 1
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("t.jsonl", "", "t.jsonl: there is nothing in it"),
+    ("t.tsv", "a\tb\n1\t2\n", "t.tsv: its first line names no field text"),
+    ("t.csv", "a,b\n1,2\n", "for texts, text,label"),
+    ("t.xlsx", "PK", "t.xlsx: this is a file.*texts or chats as .csv")], ids=["empty", "no text", "other columns", "another kind"])
+def test_a_file_that_holds_no_texts_is_told_what_it_should_hold(tmp_path, name, text, says):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(SFTError, match=says):
+        scan(tmp_path / name)

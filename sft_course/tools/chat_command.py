@@ -97,9 +97,7 @@ def check_chats(file: Path, max_tokens: int = 512) -> tuple[list[str], dict[str,
         tokens, notes = sorted(len(row) for row, _ in encoded), notes + template_notes(tokenizer)
     problems = [*data.problems, *between_chats(data)]
     lines = [f"{len(data)} chats to train on, {len(data.problems)} left out"]
-    if tokens:
-        median = tokens[len(tokens) // 2]
-        lines.append(f"tokens of a chat: {tokens[0]} to {tokens[-1]}, median {median}")
+    if tokens: lines.append(f"tokens of a chat: {_from_to(tokens)}, median {tokens[len(tokens) // 2]}")
     found = [{"path": p.where, "kind": p.kind, "message": str(p)} for p in problems]
     lines += [f"note: {p['message']}" for p in found] + [f"note: {text}" for text in notes]
     return lines, {"n": len(data), "left_out": len(data.problems), "problems": found, "notes": notes}
@@ -110,12 +108,17 @@ def check_texts(file: Path) -> tuple[list[str], dict[str, Any]]:
     from sft_course.tools.sentences import label_column, read_texts, text_problems
     data = read_texts(file, label=label_column(file))
     counts = Counter(data.labels)
-    least, most = min(counts.values()), max(counts.values())
-    lines = [f"{len(data)} texts of {len(counts)} classes, {least} to {most} each"]
+    if len(counts) == 1:
+        raise SFTError(f"{data.name}: there is one label, {data.labels[0]!r}; two are needed to tell apart.")
+    lines = [f"{len(data)} texts of {len(counts)} classes, {_from_to(sorted(counts.values()))} each"]
     found = [{"path": p.path, "kind": p.kind, "message": p.message} for p in text_problems(data)]
     lines += [f"note: {p['message']}" for p in found]
     return lines, {"n": len(data), "classes": list(data.classes), "parts": {"train": dict(counts)},
                    "problems": found}
+
+def _from_to(numbers: list[int]) -> str:
+    "The range of sorted numbers in words."
+    return str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]} to {numbers[-1]}"
 
 def require_no_problem(file: Path, told: dict[str, Any]) -> None:
     "Raise `SFTError`, for --strict, where something is wrong."

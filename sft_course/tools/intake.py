@@ -148,8 +148,11 @@ def _read(root: Path) -> tuple[Path, list[tuple[str, str, str]], list[Problem], 
                        "images per class.")
     if root.is_dir(): return root, *_folder_rows(root), _table_hint(root)
     if root.is_file() and root.suffix.lower() == ".csv": return root.parent, *_csv_rows(root), ""
+    if root.suffix.lower() in (".tsv", ".jsonl"):
+        fault = "its first line names no field text" if root.stat().st_size else "there is nothing in it"
+        raise SFTError(f"{printable(root)}: {fault}; give text and label, or a chat, in each line.")
     raise SFTError(f"{printable(root)}: this is a file; give a folder that holds a sub-folder of images "
-                   "per class, or a CSV of path,label.")
+                   "per class, a CSV of path,label, or texts or chats as .csv, .tsv or .jsonl.")
 
 # %% ../../nbs/tools/intake.ipynb #4409608e
 def _further(

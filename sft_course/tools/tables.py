@@ -38,9 +38,9 @@ def _require_columns(where: str, header: Sequence[str]) -> None:
     if twice := next((n for n in names if n and names.count(n) > 1), ""):
         raise SFTError(f"{where}: the column {twice!r} is there twice; keep one of the two.")
     if {"path", "label"} <= set(names): return
-    there = printable(",".join(header))[:200] or "nothing"
+    there = printable(",".join(header))[:100] or "nothing"
     raise SFTError(f"{where}: the first line reads {there}{_header_hint(header)}; it must name the columns "
-                   "path,label or path,label,split.")
+                   "path,label or path,label,split; for texts, text,label.")
 
 # %% ../../nbs/tools/tables.ipynb #547d5118
 def _header_hint(header: Sequence[str]) -> str:
