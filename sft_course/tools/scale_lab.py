@@ -34,7 +34,7 @@ def batch_run(data: str, batch: int, times: float, seed: int) -> dict[str, float
     "Tuning with batches of so many images, at so many times the base learning rate."
     tuner = problem(data, PER_CLASS, seed)
     tuner.backbone.model.load_state_dict(tuner.start)
-    phase = Phase(4, epochs=5, views=3, batch_size=batch, lr=times * BASE)
+    phase = Phase(3, epochs=5, views=3, batch_size=batch, lr=times * BASE)
     tuner.run_phase(phase)
     val, test = tuner.tuned.score, _test_score(tuner, phase)
     return {"n_train": len(tuner.train), "n_val": len(tuner.val), "n_test": len(tuner.test),
@@ -43,8 +43,9 @@ def batch_run(data: str, batch: int, times: float, seed: int) -> dict[str, float
 
 def batch_runs() -> pd.DataFrame:
     "The recorded runs, a row each."
-    ways = [(8, .5), (8, 2.), *((b, t) for b in BATCHES for t in sorted({*rule_times(b).values()}))]
-    grid = [{"data": d, "batch": b, "times": t, "seed": s} for s in range(3) for d in SETS for b, t in ways]
+    ways = {b: [.5, 1., 2.] if b == BATCHES[0] else list(rule_times(b).values()) for b in BATCHES}
+    grid = [{"data": d, "batch": b, "times": t, "seed": s}
+            for sizes in ((8, 64), (16, 32)) for s in range(3) for d in SETS for b in sizes for t in ways[b]]
     return recorded("20_batch", batch_run, grid, uses=(trial_catalog, problem.__wrapped__, _test_score))
 
 # %% ../../nbs/tools/scale_lab.ipynb #32fea456

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sft_course.loop import batches, score
+from sft_course.loop import score
 from sft_course.scale import sharded_head
 from sft_course.tools.heads import fit_head
 from sft_course.tools.launch import in_processes
@@ -15,13 +15,12 @@ from .small import WAYS, trained
 
 def everything(rank, count):
     "All that the tests below look at, so that the processes are started once."
-    from distributed.small import WAYS, trained
-
+    from distributed import small
     from sft_course.loop import batches
     from sft_course.scale import sharded_head
     from sft_course.tools.processes import agreed, everywhere, from_first, in_turns, share
     found = {"share": [share(np.arange(n)).tolist() for n in (10, 7, 3, 1)]}
-    found |= {name: trained(**how) for name, how in WAYS.items()}
+    found |= {name: small.trained(**how) for name, how in small.WAYS.items()}
     draw = torch.Generator().manual_seed(2)
     x, y = torch.randn(61, 20, generator=draw), torch.randint(0, 4, (61,), generator=draw)
     W, b, sent = sharded_head(x[rank::count], y[rank::count], 61, 4)
