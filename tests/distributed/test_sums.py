@@ -1,4 +1,6 @@
 "What processes say to one another, with 2 and 4 of them: gradients, heads, blocks, metrics, decisions."
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -96,9 +98,11 @@ def fails(rank, count):
     dist.all_reduce(torch.ones(1))  # noqa: F821
 
 
-def test_a_process_that_fails_ends_the_others():
+def test_a_process_that_fails_ends_the_others_and_signals_do_what_they_did():
     with pytest.raises(SFTError, match="fails: a process failed"):
         in_processes(2, fails)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        assert "torch" not in str(getattr(signal.getsignal(name), "__module__", ""))
 
 
 def test_the_mean_of_means_is_another_number():
