@@ -136,8 +136,9 @@ def train_epoch(model: nn.Module, inputs: Callable[[np.ndarray], torch.Tensor], 
                 step: int, label_smoothing: float = 0., **how) -> tuple[float, int]:
     """One pass over the batches of `order`; returns the mean loss over images and the next step's number.
     All as in `epoch_sums`, `how` too."""
-    total, terms, step = epoch_sums(model, inputs, labels, order, optimizer, rate, step, label_smoothing, **how)
-    return total / terms, step
+    total, terms, after = epoch_sums(model, inputs, labels, order, optimizer, rate, step, label_smoothing,
+                                     **how)
+    return total / terms, after
 
 # %% ../../nbs/tools/steps.ipynb #e08bb382
 def native_bfloat16(device: torch.device | str) -> torch.dtype | None:
