@@ -46,9 +46,9 @@ def command(*words, torchrun=None):
 
 @pytest.fixture(scope="session")
 def run(place, cli):
-    "Run `sft-course` to its end; under torchrun in an interpreter of its own, else in a warm one."
+    "Run `sft-course` to its end; where it starts others in an interpreter of its own, else in a warm one."
     def of(*words, torchrun=None, cwd=None, **more):
-        if not torchrun:
+        if not torchrun and "--processes" not in words:
             return cli(*words, cwd=cwd, env=place | more)
         return subprocess.run(command(*words, torchrun=torchrun), env=place | more, cwd=cwd, capture_output=True, text=True,
                               timeout=300)
