@@ -6,9 +6,10 @@
 __all__ = ['launch', 'in_processes']
 
 # %% ../../nbs/tools/launch.ipynb #6ea87f89
-import importlib.util, inspect, logging, os, sys, tempfile, textwrap, uuid
+import importlib.util, inspect, logging, os, signal, sys, tempfile, textwrap, threading, uuid
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 from .settings import SFTError
 from .processes import GONE, joined
 
@@ -68,6 +69,17 @@ import torch.nn.functional as F
 from torch import nn
 """
 
+@contextmanager
+def _same_signals() -> Iterator[None]:
+    """The launcher takes over the signals that end a process, and keeps them; after the block they do what
+    they did before. In another thread it takes none."""
+    main = threading.current_thread() is threading.main_thread()
+    names = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")]
+    usual = {s: signal.getsignal(s) or signal.SIG_DFL for s in names if s and main}
+    try: yield
+    finally:
+        for s, handler in usual.items(): signal.signal(s, handler)
+
 def _from_file(file: str, name: str) -> Callable:
     "The function of that name in a file of Python."
     spec = importlib.util.spec_from_file_location("lesson", file)
@@ -91,7 +103,7 @@ def in_processes(processes: int, f: Callable, *args: Any) -> list[Any]:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     _quietly()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _same_signals():
         file = Path(folder) / "lesson.py"
         file.write_text(_FIRST_LINES + textwrap.dedent(inspect.getsource(f)), encoding="utf-8")
         try: found = elastic_launch(_config(processes), _take_part)(str(file), f.__name__, args)

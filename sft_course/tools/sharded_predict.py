@@ -143,21 +143,22 @@ class ShardWriter:
 
     def __call__(self, batch: dict[str, Sequence]) -> dict[str, list]:
         for file, paths in zip(batch["file"], batch["paths"]):
-            write_shard(self.result, [str(p) for p in paths], Path(str(file)))
+            write_shard(self.result, [os.fsdecode(p) for p in paths], Path(str(file)))
         return {"file": list(batch["file"])}
 
 def predict_ray(artifact: str | Path, what: Any, folder: str | Path, *, shard_size: int = 1000,
                 kind: str = "csv", actors: int = 2) -> Shards:
     "As `predict_shards`, by `actors` on the Ray cluster that `ray.init` finds, or on this machine."
     require_extra("scale", "ray")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use over the network
     import ray
     folder, paths = Path(folder).resolve(), _paths(what)
     _claim(folder, _plan_of(load_artifact(artifact), paths, shard_size, kind))
     missing = _missing(folder, paths, shard_size, kind)
-    rows = [{"file": str(file), "paths": some} for file, some in missing]
+    rows = [{"file": str(file), "paths": [os.fsencode(p) for p in some]} for file, some in missing]
     if rows:
         found = ray.data.from_items(rows).map_batches(
             ShardWriter, fn_constructor_args=(str(Path(artifact).resolve()),), batch_size=1,
-            concurrency=actors)
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors))
         found.materialize()
     return Shards(folder, len(paths), -(-len(paths) // shard_size), len(missing))

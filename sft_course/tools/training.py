@@ -18,7 +18,7 @@ from .settings import SFTError
 from .torch_state import seeded
 from .processes import agreed, is_first
 from .checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
-from .steps import Diverged, train_epoch
+from .steps import Diverged, epoch_sums
 from sft_course.loop import (
     batches, best_epoch, copy_state, epoch_seed, out_of_patience, predict_logits, score, Score,
 )
@@ -91,8 +91,7 @@ def _some_steps(part, train, order, optimizer, rate, epoch, seed, done: dict, as
                 **how) -> dict[str, Any]:
     """The steps of an epoch that are not `done` yet, until there are none left or a stop is `asked` for; how
     many are done then, and their mean loss."""
-    start, before, terms = done.get("steps", 0), done.get("terms", 0), []
-    if loss := how.get("loss"): how = how | {"loss": _counting(loss, terms)}
+    start, before = done.get("steps", 0), done.get("terms", 0)
     def wanted():
         for rows in order[start:]:
             yield rows
@@ -104,19 +103,10 @@ def _some_steps(part, train, order, optimizer, rate, epoch, seed, done: dict, as
             torch.set_rng_state(done["random"]["cpu"])
             done["random"]["cuda"] and torch.cuda.set_rng_state_all(done["random"]["cuda"])
         first = epoch * len(order) + start
-        mean, step = train_epoch(part, *train, wanted(), optimizer, rate, first, **how)
-        now = sum(terms) if terms else sum(len(rows) for rows in order[start:start + step - first])
+        total, now, step = epoch_sums(part, *train, wanted(), optimizer, rate, first, **how)
         return {"steps": start + step - first, "terms": before + now,
-                "loss": (done.get("loss", 0.) * before + mean * now) / (before + now),
+                "loss": (done.get("loss", 0.) * before + total) / (before + now),
                 "random": _random_state()}
-
-def _counting(loss: Callable, terms: list[int]) -> Callable:
-    "The same loss, which also notes how many terms it has summed up: images, pixels, or tokens."
-    def noted(outputs, targets):
-        total, count = loss(outputs, targets)
-        terms.append(int(count))
-        return total, count
-    return noted
 
 def _over(history: list[dict], patience: int | None, enough: Callable[[list[dict]], bool] | None) -> bool:
     "Whether training should stop before its last epoch."

@@ -45,12 +45,23 @@ def command(*words, torchrun=None):
 
 
 @pytest.fixture(scope="session")
-def run(place):
-    "Run `sft-course` to its end."
+def run(place, cli):
+    "Run `sft-course` to its end; where it starts others in an interpreter of its own, else in a warm one."
     def of(*words, torchrun=None, cwd=None, **more):
+        if not torchrun and "--processes" not in words:
+            return cli(*words, cwd=cwd, env=place | more)
         return subprocess.run(command(*words, torchrun=torchrun), env=place | more, cwd=cwd, capture_output=True, text=True,
                               timeout=300)
     return of
+
+
+@pytest.fixture(scope="session")
+def one(run, noise, tmp_path_factory):
+    "A run of one process, and its lines."
+    out = tmp_path_factory.mktemp("one") / "out"
+    done = run("fit", noise, "--out", out, *ARGS)
+    assert done.returncode == 0, done.stderr
+    return out, done
 
 
 @pytest.fixture

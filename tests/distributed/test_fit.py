@@ -11,15 +11,6 @@ from .conftest import ARGS, card, children, history, ranks_of, weights
 
 
 @pytest.fixture(scope="module")
-def one(run, noise, tmp_path_factory):
-    "A run of one process, and its lines."
-    out = tmp_path_factory.mktemp("one") / "out"
-    done = run("fit", noise, "--out", out, *ARGS)
-    assert done.returncode == 0, done.stderr
-    return out, done
-
-
-@pytest.fixture(scope="module")
 def two(run, noise, tmp_path_factory):
     "The same by `--processes 2`."
     out = tmp_path_factory.mktemp("two") / "out"

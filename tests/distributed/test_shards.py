@@ -13,12 +13,9 @@ from sft_course.tools.sharded_predict import read_shards
 from .conftest import command
 
 
-@pytest.fixture(scope="module")
-def model(run, noise, tmp_path_factory):
-    out = tmp_path_factory.mktemp("model") / "out"
-    done = run("fit", noise, "--out", out, "--image-size", 32, "--train", "head")
-    assert done.returncode == 0, done.stderr
-    return out
+@pytest.fixture
+def model(one):
+    return one[0]
 
 
 def draw_many(folder, n):

@@ -1,39 +1,28 @@
 "What processes say to one another, with 2 and 4 of them: gradients, heads, blocks, metrics, decisions."
+import signal
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from sft_course.loop import batches, score
+from sft_course.loop import score
 from sft_course.scale import sharded_head
 from sft_course.tools.heads import fit_head
 from sft_course.tools.launch import in_processes
 from sft_course.tools.settings import SFTError
-from sft_course.tools.steps import train_epoch
+
+from .small import WAYS, trained
 
 
 def everything(rank, count):
     "All that the tests below look at, so that the processes are started once."
+    from distributed import small
     from sft_course.loop import batches
     from sft_course.scale import sharded_head
     from sft_course.tools.processes import agreed, everywhere, from_first, in_turns, share
-    from sft_course.tools.steps import train_epoch
     found = {"share": [share(np.arange(n)).tolist() for n in (10, 7, 3, 1)]}
-    for name, micro, unfreeze in (("steps", None, False), ("micro", 3, False), ("unfrozen", None, True)):
-        draw = torch.Generator().manual_seed(1)
-        x, y = torch.randn(19, 6, generator=draw), torch.randint(0, 3, (19,), generator=draw)
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-        optimizer = torch.optim.SGD(net.parameters(), lr=.1, momentum=.9)
-        net[0].requires_grad_(not unfreeze)
-        step, losses = 0, []
-        for epoch in range(2):
-            if epoch: net[0].requires_grad_(True)
-            order = [*batches(19, 8, (0, epoch)), np.array([epoch])]  # 8, 8, 3, and one that is too small for all
-            loss, step = train_epoch(net, x.__getitem__, y, order, optimizer, lambda s: 1., step, micro=micro)
-            losses.append(loss)
-        found[name] = {"grad": net[0].weight.grad.clone(), "weights": net[2].weight.detach().clone(), "losses": losses}
+    found |= {name: small.trained(**how) for name, how in small.WAYS.items()}
     draw = torch.Generator().manual_seed(2)
     x, y = torch.randn(61, 20, generator=draw), torch.randint(0, 4, (61,), generator=draw)
     W, b, sent = sharded_head(x[rank::count], y[rank::count], 61, 4)
@@ -54,39 +43,23 @@ def found(request):
     return in_processes(request.param, everything)
 
 
-def alone(micro, unfreeze):
-    draw = torch.Generator().manual_seed(1)
-    x, y = torch.randn(19, 6, generator=draw), torch.randint(0, 3, (19,), generator=draw)
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    optimizer = torch.optim.SGD(net.parameters(), lr=.1, momentum=.9)
-    net[0].requires_grad_(not unfreeze)
-    step, losses = 0, []
-    for epoch in range(2):
-        if epoch:
-            net[0].requires_grad_(True)
-        order = [*batches(19, 8, (0, epoch)), np.array([epoch])]
-        loss, step = train_epoch(net, x.__getitem__, y, order, optimizer, lambda s: 1., step, micro=micro)
-        losses.append(loss)
-    return {"grad": net[0].weight.grad, "weights": net[2].weight.detach(), "losses": losses}
-
-
 def test_every_item_is_counted_once_whatever_the_remainder(found):
     for k, n in enumerate((10, 7, 3, 1)):
         assert sorted(sum((f["share"][k] for f in found), [])) == list(range(n))
 
 
-@pytest.mark.parametrize(("name", "micro", "unfreeze"), [("steps", None, False), ("micro", 3, False), ("unfrozen", None, True)])
-def test_gradients_and_steps_are_those_of_one_process(found, name, micro, unfreeze):
-    want = alone(micro, unfreeze)
+@pytest.mark.parametrize("name", WAYS)
+def test_gradients_and_steps_are_those_of_one_process(found, name):
+    want = trained(**WAYS[name])
     for f in found:
         torch.testing.assert_close(f[name]["grad"], want["grad"], atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(f[name]["weights"], want["weights"], atol=1e-6, rtol=1e-6)
         assert f[name]["losses"] == pytest.approx(want["losses"], abs=1e-6)
+        assert f[name]["terms"] == want["terms"]
 
 
 def test_all_processes_hold_the_same_weights_after_unfreezing_in_mid_run(found):
-    for name in ("steps", "micro", "unfrozen"):
+    for name in WAYS:
         assert all(torch.equal(f[name]["weights"], found[0][name]["weights"]) for f in found)
 
 
@@ -125,9 +98,11 @@ def fails(rank, count):
     dist.all_reduce(torch.ones(1))  # noqa: F821
 
 
-def test_a_process_that_fails_ends_the_others():
+def test_a_process_that_fails_ends_the_others_and_signals_do_what_they_did():
     with pytest.raises(SFTError, match="fails: a process failed"):
         in_processes(2, fails)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        assert "torch" not in str(getattr(signal.getsignal(name), "__module__", ""))
 
 
 def test_the_mean_of_means_is_another_number():
