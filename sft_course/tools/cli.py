@@ -66,6 +66,7 @@ def _there(path: Path, what: str = "folder") -> Path:
     except OSError: return path
     near = difflib.get_close_matches(path.name, names, 1)
     if not near: return path
+    if path.suffix.lower() in (".csv", ".tsv", ".jsonl"): what = "file"
     raise SFTError(f"{path}: there is no such {what}; did you mean {_typed(path.with_name(near[0]))}?")
 
 def _typed(path: Path | str) -> str:
