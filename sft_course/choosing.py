@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['h_score', 'knn_accuracy', 'log_evidence', 'logme', 'cross_val_logits', 'kendall', 'bootstrap_mean',
-           'paired_difference', 'cheapest_level']
+           'accuracy_difference', 'cheapest_level']
 
 # %% ../nbs/10_choosing.ipynb #03bf9bba
 from typing import Mapping, Sequence
@@ -117,7 +117,7 @@ def bootstrap_mean(values: Sequence[float], groups: Sequence, draws: int = 2000,
     return float(np.mean(values)), float(low), float(high)
 
 # %% ../nbs/10_choosing.ipynb #28ad7b0a
-def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+def accuracy_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """(accuracy of a minus that of b, one standard error of it) from masks (n,) over the same images; the
     error is that of two equally good candidates. Source: McNemar 1947."""
     difference = a.astype(float) - b.astype(float)
@@ -131,6 +131,6 @@ def cheapest_level(right: Mapping[str, np.ndarray], cost: Mapping[str, float], e
         raise SFTError("compare: there is no candidate; give at least one name.")
     best = max(right, key=lambda name: (right[name].mean(), -cost[name]))
     def level(name):
-        behind, error = paired_difference(right[best], right[name])
+        behind, error = accuracy_difference(right[best], right[name])
         return behind <= errors * error + 1e-12
     return min(filter(level, right), key=lambda name: (cost[name], -right[name].mean()))

@@ -1,7 +1,9 @@
 "Scores of candidates against independent computations, and the comparison as a stranger uses it."
 import json
+import os
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +15,16 @@ from sklearn.covariance import LedoitWolf
 from sklearn.neighbors import KNeighborsClassifier
 from typer.testing import CliRunner
 
-from sft_course.choosing import bootstrap_mean, cheapest_level, cross_val_logits, h_score, kendall, knn_accuracy, logme, paired_difference
+from sft_course.choosing import accuracy_difference, bootstrap_mean, cheapest_level, cross_val_logits, h_score, kendall, knn_accuracy, logme
 from sft_course.tools.compare import compare_backbones
 from sft_course.tools.compare_command import compare
+from sft_course.tools.intake import scan
 from sft_course.tools.opening import open_backbone
 from sft_course.tools.records import packed, unpacked
 from sft_course.tools.settings import SFTError, load_settings
 from sft_course.tools.weights import LARGER_SHA256, PACKAGED, _packaged_weights
+
+PHOTOS = Path(os.environ.get("SFT_PHOTOS", Path(__file__).parent.parent.parent / "shared" / "data"))
 
 
 def case(n=200, d=16):
@@ -126,7 +131,7 @@ def test_cheapest_level_takes_the_cheap_one_only_where_it_is_level():
     cost = {"best": 3., "near": 2., "far": 1.}
     assert cheapest_level({"best": best, "near": near, "far": far}, cost) == "near"
     assert cheapest_level({"best": best, "far": far}, cost) == "best"
-    assert paired_difference(best, near)[0] == pytest.approx(.01)
+    assert accuracy_difference(best, near)[0] == pytest.approx(.01)
     with pytest.raises(SFTError, match="at least one name"):
         cheapest_level({}, {})
 
@@ -222,3 +227,12 @@ def test_command_prints_json_and_writes_a_figure(folder, tmp_path):
     assert figure.stat().st_size > 1000
     wrong = CliRunner().invoke(app, [str(folder), "--figure", str(tmp_path / "none" / "a.png")])
     assert isinstance(wrong.exception, SFTError) and not wrong.stdout
+    assert "no such folder" in str(CliRunner().invoke(app, [str(tmp_path / "none")]).exception)
+
+
+@pytest.mark.skipif(not (PHOTOS / "hands").is_dir(), reason="the photographs are not here")
+def test_compare_on_photographs_of_hands():
+    few = scan(PHOTOS / "hands", 0).sample_per_class(6)
+    found = compare_backbones(few, "lite0@32,lite0@64")
+    assert list(found.table.candidate) == ["lite0@64", "lite0@32"]
+    assert found.table.accuracy[0] > .3  # ten classes

@@ -24,7 +24,7 @@ from .costs import stage_costs
 from .activations import activations, _key
 from .taps import stage_features
 from .heads import _few
-from ..choosing import cheapest_level, cross_val_logits, knn_accuracy, logme, paired_difference
+from ..choosing import accuracy_difference, cheapest_level, cross_val_logits, knn_accuracy, logme
 
 # %% ../../nbs/tools/compare.ipynb #845abcf3
 def _split_name(text: str, usual: int) -> tuple[str, int]:
@@ -123,7 +123,7 @@ COLUMNS = ["candidate", "accuracy", "behind", "error", "knn", "logme", "paramete
 
 def _row(name: str, found: dict, best: np.ndarray) -> tuple:
     right = np.array(found["right"], bool)
-    behind, error = paired_difference(best, right)
+    behind, error = accuracy_difference(best, right)
     return (name, float(right.mean()), behind, error, *(found[c] for c in COLUMNS[4:]))
 
 def _advice(right: dict[str, np.ndarray], costs: dict[str, float], best: str, taken: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .settings import load_settings, SFTError
-from .terminal import progress, results
+from .terminal import progress, require_there, results
 
 # %% ../../nbs/tools/compare_command.ipynb #45773362
 _Data = Annotated[str, typer.Argument(metavar="DATA", help="A folder of images in class folders, or a CSV.")]
@@ -41,6 +41,7 @@ def compare(data: _Data, backbones: _Names = "lite0,lite1,lite2", size: _Size = 
     Each one's frozen features get the exact linear head, judged by cross-validation on the training and
     validation images. What is computed is kept: the same command goes on where it was stopped.
     """
+    require_there(data)
     _figure_place(figure)
     with results(as_json) as done:
         from sft_course.tools.compare import compare_backbones

@@ -100,14 +100,39 @@ EXERCISES["11.3"] = Exercise(
 )
 
 # %% ../../nbs/tools/exercises_11.ipynb #1205e9ab
+def _form_11(d) -> bool:
+    "Whether an answer has the form that is asked for."
+    return (isinstance(d, dict) and set(d) == {"val", "chosen", "gain", "low"} and isinstance(d["val"], dict)
+            and d["chosen"] in d["val"] and float(d["low"]) <= float(d["gain"]))
+
+def _best_on_val_11(d) -> bool:
+    "Whether the chosen trick has the largest gain on the validation images, and one above zero."
+    return float(d["val"][d["chosen"]]) == max(map(float, d["val"].values())) > 0
+
 EXERCISES["11.4"] = Exercise(
-    right=lambda d: isinstance(d, dict) and len(d) == 2 and float(d["gain"]) > 0 and float(d["low"]) > 0,
-    why="The interval lies above zero on these cases. Before you believe it: how many tricks did you try?",
-    hint="Give {'gain': …, 'low': …}, the mean and the lower end of the interval of `ranked`, in points.",
-    mistakes=(
-        (lambda d: isinstance(d, dict) and float(d["gain"]) <= 0, "It does not gain. Try another."),
-        (lambda d: isinstance(d, dict) and float(d["low"]) <= 0,
-         "It gains, but the interval holds zero. Try more cases, or another trick."),
+    right=lambda d: _form_11(d) and len(d["val"]) > 1 and _best_on_val_11(d),
+    why=(
+        "Chosen on validation images, tested once. Whatever the interval says is the result: if it holds "
+        "zero, there is no finding, and a second look at the test images would not make it one."
     ),
-    tempting=({"gain": -1., "low": -2.}, {"gain": 1., "low": -1.}),
+    hint=(
+        "Give {'val': {name: gain on validation, …}, 'chosen': name, 'gain': …, 'low': …}: all that you "
+        "tried, then mean and lower end of the chosen one's interval on the test images, in points."
+    ),
+    mistakes=(
+        (lambda d: _form_11(d) and len(d["val"]) < 2, "That is no choice yet: try two tricks or more."),
+        (lambda d: _form_11(d) and max(map(float, d["val"].values())) <= 0,
+         "None of these gains on the validation images; the baseline stays. Try others."),
+        (lambda d: _form_11(d) and not _best_on_val_11(d),
+         "Another one gains more on the validation images. The test images may not choose."),
+        (lambda d: isinstance(d, dict) and "gain" in d and "val" not in d,
+         "By which images was it chosen? Give the validation gains of all that you tried, too."),
+    ),
+    tempting=(
+        {"gain": 2.6, "low": .6},
+        {"val": {"SWA": 5.6, "EMA": -2.8}, "chosen": "EMA", "gain": 1., "low": .1},
+        {"val": {"SWA": 5.6}, "chosen": "SWA", "gain": 1.1, "low": -.1},
+        {"val": {"EMA": -2.8, "L2-SP": -3.}, "chosen": "EMA", "gain": 0., "low": -1.},
+    ),
 )
+

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
 from .settings import load_settings, SFTError
-from .terminal import progress, results, typed_path
+from .terminal import progress, require_there, results, typed_path
 
 # %% ../../nbs/tools/tune_command.ipynb #40e803d6
 LOG = ("lr", "weight_decay")  # compared by ratio
@@ -85,10 +85,9 @@ def tune(folder: Data, out: Out = None, trials: Trials = 16, search: Search = No
     search that was stopped; given several times at once, also on several machines, the trials are shared.
     The test images are used once, at the end.
     """
+    require_there(folder)
     from sft_course.tools.search_space import SPACE
     from sft_course.tools.tuning import tune as run
-    if not folder.exists():
-        raise SFTError(f"{folder}: there is no such folder.")
     settings = load_settings(fit_image_size=image_size, seed=seed, backbone=backbone)
     out = out or Path(f"{folder.resolve().stem or 'root'}-search")
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
