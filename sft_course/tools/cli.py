@@ -19,7 +19,7 @@ from typing import Annotated, Any, Callable, Iterator, Optional
 import typer
 import sft_course
 from .settings import load_settings, SFTError
-from .terminal import plain, progress, results, typed_path
+from .terminal import plain, progress, require_there, results, typed_path
 from .processes import is_first, joined, launched, may_speak
 from .processes import PeerGone, ranks, wait_for_reason
 from .compare_command import compare
@@ -432,9 +432,9 @@ def _taking_part() -> Iterator[Any]:
 
 def _own_gpu(settings):
     "Of several processes on a machine with GPUs each takes one."
+    if ranks().count == 1 or settings.device != "auto": return settings
     import torch
-    if ranks().count == 1 or settings.device != "auto" or not torch.cuda.is_available(): return settings
-    return settings.change(device=f"cuda:{ranks().local}")
+    return settings.change(device=f"cuda:{ranks().local}") if torch.cuda.is_available() else settings
 
 # %% ../../nbs/tools/cli.ipynb #txcli002
 def _refuse(unfit: dict, meant_for: str, data: Path, held: str) -> None:
@@ -489,6 +489,7 @@ def _fit_chats(file: Path, artifact: Path, device: str | None, as_json: bool, ho
 def _task(data: Path, task: str | None) -> str:
     "What data are fitted for, said on standard error where it is not one class an image."
     data = _there(data)
+    require_there(data)
     from sft_course.tools.task_kinds import task_for
     return task_for(data, task, _say)
 
