@@ -109,7 +109,7 @@ class First(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         def first(a): return GPU if isinstance(a, torch.device) and a.type == "cuda" or isinstance(a, str) and a == "cuda" else a
-        args, kwargs = pytree.tree_map(first, (args, kwargs or {}))
+        args, kwargs = [first(a) for a in args], {k: first(v) for k, v in (kwargs or {}).items()}
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], OnGPU):  # indices may come from outside
             args = (args[0], pytree.tree_map(there, args[1]), *args[2:])
         if func is torch.Tensor.tolist and isinstance(args[0], OnGPU):
