@@ -298,7 +298,8 @@ def _boxes_of(found: BoxCatalog, classes: Sequence[str], folder: str, part: str,
         labels = [1 + classes.index(found.classes[one.labels[0][k] - 1]) for k in known]
         boxes.append((loaded.targets.boxes[0][known], torch.tensor(labels, dtype=torch.long)))
         files.append(ahead + file), images.append(loaded.pixels[0]), sizes.append(found.sizes[i])
-        parts.append(part or _part_of(file.partition("/")[2] or file, listed) or "train")
+        inside = _part_of(file.partition("/")[2], listed) or _part_of(file, listed)
+        parts.append(part or inside or "train")
     return tuple(files), tuple(images), tuple(boxes), tuple(parts), tuple(sizes), tuple(problems)
 
 # %% ../../nbs/tools/task_folders.ipynb #a3f2ab6f
