@@ -99,14 +99,14 @@ def _turned_box(box: Any, turn: Image.Transpose, size: tuple[int, int]) -> Any:
                                 [h - y1, w - x1, h - y0, w - x0], [y0, w - x1, y1, w - x0])))[turn]
 
 def _follow_turn(image: _Image, turn: Image.Transpose, size: tuple[int, int], problems: list) -> None:
-    "Boxes of the stored pixels become those of the image as it is shown, of `size`, or `problems` says why not."
+    "Boxes of the stored pixels become those of the image as shown, at `size`; `problems` has what is unsure."
     stored = size[::-1] if turn in _QUARTERS else size
     if image.size == stored != size:
         image.boxes, image.size = [_turned_box(b, turn, stored) for b in image.boxes], size
     elif image.size in (None, stored):
-        problems.append(Problem(image.file, "turned", f"{image.where}: image {printable(image.file)} is turned "
-                                "by its EXIF, and nothing says whether its boxes were drawn before or after "
-                                "that; they are taken as drawn after. Look at it."))
+        problems.append(Problem(image.file, "turned", f"{image.where}: image {printable(image.file)} is "
+                                "turned by its EXIF, and nothing says whether its boxes were drawn before or "
+                                "after that; they are taken as drawn after. Look at it."))
 
 # %% ../../nbs/tools/boxes.ipynb #d09a9f50
 def looks_like_xywh(boxes: np.ndarray, sizes: np.ndarray) -> bool:

@@ -123,7 +123,8 @@ def _copy_of(im: Image.Image) -> Image.Image:
 
 # %% ../../nbs/tools/decoding.ipynb #07540ddd
 _TURNS = dict(enumerate(Image.Transpose[name] for name in (
-    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")))
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
+    "ROTATE_90")))
 
 def turn_of(im: Image.Image) -> Image.Transpose | None:
     "How an image is to be turned or mirrored before it is shown, from its EXIF; None: not at all."

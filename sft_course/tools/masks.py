@@ -155,9 +155,9 @@ def _upright(path: Path, values: np.ndarray, name: str) -> tuple[Image.Image, np
     if size == stored != image.size:
         return image, np.asarray(Image.fromarray(values.astype(np.int32)).transpose(turn)), []
     if size != stored: return image, values, []
-    return image, values, [Problem(name, "turned", f"{printable(name)}: its image is turned by its EXIF, and the "
-                                   "mask's size does not say whether it was drawn before or after that; it is "
-                                   "taken as drawn after. Look at it.")]
+    return image, values, [Problem(name, "turned", f"{printable(name)}: its image is turned by its EXIF, and "
+                                   "the mask's size does not say whether it was drawn before or after that; "
+                                   "it is taken as drawn after. Look at it.")]
 
 # %% ../../nbs/tools/masks.ipynb #1987ee8f
 def read_masks(folder: str | Path, classes: Mapping[int, str] | None = None,

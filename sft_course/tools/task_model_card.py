@@ -45,20 +45,22 @@ def _limits(card: dict) -> list[str]:
     "What the task's predictions cannot say."
     m, task = card["metrics"], card["task"]
     if task == "labels":
-        return [f"A label is named where its probability is above a threshold; thresholds were chosen on {m['n_val']} "
-                "validation images, and probabilities were not calibrated.",
+        return ["A label is named where its probability is above a threshold; thresholds were chosen on "
+                f"{m['n_val']} validation images, and probabilities were not calibrated.",
                 "Labels of training are all it knows; something else in an image goes unnamed."]
     if task == "number":
-        width = (f"An interval holds {card['interval_level']:.0%} of the validation images and is equally wide for "
-                 "every image." if card.get("interval") else "There is no interval: too few validation images.")
-        return ["It answers with a number whatever it is shown; numbers beyond those of training are not to be "
-                "expected.", width]
+        width = "There is no interval: too few validation images."
+        if card.get("interval"):
+            width = (f"An interval holds {card['interval_level']:.0%} of the validation images and is "
+                     "equally wide for every image.")
+        return ["It answers with a number whatever it is shown; numbers beyond those of training are not to "
+                "be expected.", width]
     if task == "masks":
         return ["Every pixel gets one of its classes; it does not say \"none of these\".",
                 "Images go through it at " + ("the size that they have." if card.get("native") else
                 f"{_size(card['size'])} pixels; what is thinner than a pixel there is lost.")]
-    return [f"Boxes that score above {card['score']:.2f} are reported; that score was chosen on {m['n_val']} "
-            "validation images.",
+    return [f"Boxes that score above {card['score']:.2f} are reported; that score was chosen on "
+            f"{m['n_val']} validation images.",
             f"Images are squeezed to {_size(card['size'])} pixels; what is small there is missed."]
 
 # %% ../../nbs/tools/task_model_card.ipynb #tmc00013
@@ -91,12 +93,13 @@ def task_model_card(folder: str | Path, name: str = "", intended: str = "", data
     name, limits = name or folder.name, [_GENERAL, *_limits(card)]
     try: return "\n\n".join([
         _front(card, name, license), f"# {_md(name)}",
-        f"This network answers with {TASKS[card['task']]}: {_md(card['backbone'])}, fine-tuned with sft_course.",
-        "## Intended use", _md(intended) or UNSAID, "## How to use it", _USE.format(name=name), "## Data", _data(card),
+        f"This network answers with {TASKS[card['task']]}: {_md(card['backbone'])}, fine-tuned with "
+        "sft_course.", "## Intended use", _md(intended) or UNSAID, "## How to use it", _USE.format(name=name),
+        "## Data", _data(card),
         _md(data) or f"Where the images come from, who labelled them, under which licence: {UNSAID}",
         "## Measured", _scores(card["metrics"]), _each(card["metrics"]),
         "## Limits", "\n".join(f"- {text}" for text in limits),
-        "## Made with", f"sft_course {card['version']}; seed {card['seed']}; chosen on validation images: the "
-        f"{card['chosen']} network; {card['seconds']:.0f} seconds."]) + "\n"
+        "## Made with", f"sft_course {card['version']}; seed {card['seed']}; chosen on validation images: "
+        f"the {card['chosen']} network; {card['seconds']:.0f} seconds."]) + "\n"
     except (KeyError, TypeError, ValueError) as e:
         raise SFTError(f"{folder}: its card.json is damaged ({type(e).__name__}); fit again.") from None
