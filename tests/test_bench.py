@@ -10,6 +10,7 @@ sys.path.insert(0, str(HERE))
 import bench  # noqa: E402
 import harness  # noqa: E402
 import report  # noqa: E402
+import tasks as other_tasks  # noqa: E402
 
 
 def row(what, seed, points, data="blooms", **more):
@@ -144,3 +145,9 @@ def test_the_figure_is_drawn(tmp_path):
     rows = [row("sft", s, [(2, .80), (6, .90)]) for s in (0, 1)] + [row("features", 0, [(4, .78)], data="ants")]
     report.draw(rows, tmp_path / "peers.png")
     assert (tmp_path / "peers.png").stat().st_size > 5000
+
+
+def test_the_table_of_other_tasks_is_what_the_records_hold():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    assert other_tasks.written(text) == text, "python tests/benchmarks/tasks.py --write draws it anew"
+    assert all(len(other_tasks.values(f, column, where)) >= 3 for _, _, ways in other_tasks.TABLE for _, f, column, _, where in ways)

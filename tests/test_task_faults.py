@@ -73,6 +73,19 @@ def copy(a, b):
     return lambda top: (top / b).write_bytes((top / a).read_bytes())
 
 
+def turned(name):
+    "An image that viewers turn by half."
+
+    def change(top):
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        with Image.open(top / name) as image:
+            image.load()
+        image.save(top / name, exif=exif)
+
+    return change
+
+
 def text(name, content):
     def change(top):
         (top / name).parent.mkdir(parents=True, exist_ok=True)
@@ -224,6 +237,7 @@ MASKS = {
     "a mask is missing": (after(masks(), gone("masks/3.png")), None, "images/3.png has no mask"),
     "an image of a mask is missing": (after(masks(), gone("images/3.png")), None, "masks/3.png has no image"),
     "a mask of another size": (after(masks(), mask("masks/3.png", HALF[:, :16])), None, "masks/3.png is 16 × 32 pixels, its image 32 × 32"),
+    "a mask of an image that EXIF turns": (after(masks(), turned("images/3.png")), None, "masks/3.png: its image is turned by its EXIF"),
     "a mask in JPEG": (after(masks(), mask("masks/3.png", HALF, "JPEG")), None, "masks/3.png: a mask in JPEG has lost its exact values"),
     "a mask that is no image": (after(masks(), text("masks/3.png", "no image")), None, "masks/3.png: cannot be read as an image"),
     "an image that is none": (after(masks(), text("images/3.png", "no image")), None, "images/3.png cannot be read"),
@@ -409,6 +423,8 @@ BOXES = {
     "a class beyond the names": (yolo("4 0.5 0.5 0.2 0.2"), None, "3.txt, line 1 has class 4, but data.yaml names 0 to 0"),
     "pixels where shares are due": (yolo("0 12 14 8 9"), None, "3.txt, line 1 has numbers far above 1"),
     "a line of three numbers": (yolo("0 0.5 0.5 0.2"), None, "3.txt, line 1 is not a class and four numbers"),
+    "boxes of an image that EXIF turns": (after(yolo(), turned("images/3.png")), None, "3.txt: image images/3.png is turned by its EXIF"),
+    "masks and boxes": (after(masks(), text("Annotations/3.xml", "<annotation/>")), None, "holds masks and boxes; give --task masks or --task boxes"),
     "a text without an image": (after(yolo(), text("labels/99.txt", "0 0.5 0.5 0.2 0.2")), None, "99.txt: there is no image of this name"),
 }
 

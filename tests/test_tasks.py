@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,12 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from sft_course.tools import shipping_commands
+from sft_course.tools.artifact import load_artifact
 from sft_course.tools.blooms import draw_bloom
 from sft_course.tools.masks import save_mask
+from sft_course.tools.model_card import HubStandIn, push_to_hub
+from sft_course.tools.serving import open_predictor
 from sft_course.tools.settings import SFTError
 from sft_course.tools.task_command import evaluate_task, fit_task, predict_task
 from sft_course.tools.task_folders import divided, read_task
@@ -237,6 +242,61 @@ def test_masks_in_colours_and_greys_are_one(tmp_path, flowers):
     assert (a.targets == b.targets).all() and b.names == ("background", "petal", "centre") and a.native and b.native
 
 
+def by_parts(top, flowers, images, masks):
+    "Masks whose parts are folders within the two of a layout: 10 train, 2 val, 4 test."
+    for i, b in enumerate(flowers):
+        part = "train" if i < 10 else "val" if i < 12 else "test"
+        for folder in (images, masks):
+            (top / folder / part).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(b.image).save(top / images / part / f"{i:02d}.png")
+        save_mask(top / masks / part / f"{i:02d}.png", b.mask)
+    return top
+
+
+@pytest.mark.parametrize("names", [("images", "masks"), ("JPEGImages", "SegmentationClass")], ids=["plain", "voc"])
+def test_parts_may_lie_within_images_and_masks(names, tmp_path, flowers):
+    top = by_parts(tmp_path / "data", flowers, *names)
+    (top / names[0] / "train" / ".hidden.png").write_bytes(b"")
+    assert task_at(top) == ("masks", f"folders {names[0]} and {names[1]}")
+    data = read_task(top, "masks", tmp_path)
+    assert [len(data.rows(p)) for p in ("train", "val", "test")] == [10, 2, 4] and not data.problems
+    assert data.files[0] == f"{names[0]}/test/12.png" and (data.targets[0] == flowers[12].mask).all()
+
+
+def test_pascal_vocs_lists_say_the_parts(tmp_path, flowers):
+    for kind, write in (("Segmentation", write_masks), ("Main", write_voc)):
+        top = write(tmp_path / kind, flowers)
+        (top / "images").rename(top / "JPEGImages")
+        if kind == "Segmentation":
+            (top / "masks").rename(top / "SegmentationClass")
+        (top / "ImageSets" / kind).mkdir(parents=True)
+        (top / "ImageSets" / kind / "train.txt").write_text("\n".join(map(str, range(9))), encoding="utf-8")
+        (top / "ImageSets" / kind / "val.txt").write_text("9\n10\n", encoding="utf-8")
+        (top / "ImageSets" / kind / "test.txt").write_text("\n".join(map(str, range(11, N))), encoding="utf-8")
+        data = read_task(top, task_at(top)[0], tmp_path)
+        assert [len(data.rows(p)) for p in ("train", "val", "test")] == [9, 2, N - 11]
+        assert {Path(data.files[i]).stem for i in data.rows("val")} == {"9", "10"}
+
+
+def test_a_photograph_that_its_exif_turns_keeps_its_mask_and_boxes(tmp_path, flowers):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    half = flowers[0].image[: SIZE // 2], flowers[0].mask[: SIZE // 2]
+    shown = [np.rot90(a) for a in half]
+    plain, turned = (write_masks(tmp_path / n, flowers[:2]) for n in "ab")
+    for top in (plain, turned):
+        (top / "masks" / "1.png").unlink()
+    Image.fromarray(shown[0]).save(plain / "images" / "0.png")
+    Image.fromarray(half[0]).save(turned / "images" / "0.png", exif=exif)
+    found = []
+    for top, mask in ((plain, shown[1]), (turned, shown[1]), (turned, half[1])):
+        save_mask(top / "masks" / "0.png", mask)
+        found.append(read_task(top, "masks", tmp_path, whole=True))
+    for other in found[1:]:
+        assert (other.images == found[0].images).all() and (other.targets == found[0].targets).all()
+        assert [p.kind for p in other.problems] == ["no mask"]
+
+
 def test_parts_are_drawn_once_and_for_all():
     part = divided(np.array(["train"] * 20), 1)
     assert (part == divided(np.array(["train"] * 20), 1)).all() and (part == "test").sum() == 4 and (part == "val").sum() == 3
@@ -307,6 +367,45 @@ def test_boxes_are_in_the_pixels_of_their_image_and_in_one_file(fitted, data, tm
     coco = json.loads((tmp_path / "said" / "predictions.coco.json").read_text(encoding="utf-8"))
     assert coco["categories"] == [{"id": 1, "name": "flower"}] and len(coco["images"]) == said["n"] == 1
     assert (tmp_path / "said" / "3-boxes.png").is_file()
+
+
+@pytest.mark.parametrize("task", ["masks", "boxes"])
+def test_a_large_photograph_is_answered_in_its_own_pixels_as_it_is_shown(task, fitted, data, tmp_path):
+    "A JPEG may be decoded at a fraction of its size; boxes and masks may not."
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(image_of(data, task)).convert("RGB").resize((640, 320)).save(tmp_path / "a.jpg", exif=exif)
+    result = open_task(fitted(task))
+    result.card["score"] = 0.0
+    said = result.predict(tmp_path / "a.jpg")
+    where = said.mask.shape if task == "masks" else said.found.boxes[:, 2:].max(0)[::-1] + 1
+    assert tuple(np.array(where) > (321, 161)) == (True, True) and where[0] <= 641 and where[1] <= 321
+    predict_task(fitted(task), [tmp_path / "a.jpg"], out=tmp_path / "said", quiet=True)
+    assert {Image.open(f).size for f in (tmp_path / "said").glob("*.png")} == {(320, 640)}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_model_card_and_what_is_for_classes_says_so(task, fitted, tmp_path):
+    out = tmp_path / "artifact"
+    shutil.copytree(fitted(task), out)
+    shipping_commands.card(out, "to try", "drawn", "mit")
+    text = (out / "README.md").read_text(encoding="utf-8")
+    card = json.loads((out / "card.json").read_text(encoding="utf-8"))
+    assert all(f"| {name} |" in text for name in card["metrics"]["scores"]) and "license: mit" in text
+    for work in (lambda: shipping_commands.export(out), lambda: open_predictor(out), lambda: load_artifact(out)):
+        with pytest.raises(SFTError, match=f"a model for task {task}, and this is for models of one class"):
+            work()
+
+
+def test_a_model_of_another_task_is_uploaded(fitted, tmp_path):
+    out = tmp_path / "artifact"
+    shutil.copytree(fitted("labels"), out)
+    with pytest.raises(SFTError, match="there is no README.md"):
+        push_to_hub(out, "me/labels")
+    shipping_commands.card(out)
+    with HubStandIn() as hub:
+        push_to_hub(out, "me/labels", token="x", endpoint=hub.url)
+    assert {"README.md", "card.json", "model.safetensors"} <= set(hub.files) and "report.html" not in hub.files
 
 
 @pytest.mark.parametrize("task", TASKS)

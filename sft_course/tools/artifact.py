@@ -213,8 +213,8 @@ def _fill(folder: Path, model: nn.Module, card: dict) -> None:
 
 # %% ../../nbs/tools/artifact.ipynb #d249fe81
 def read_card(folder: str | Path) -> dict:
-    """What `card.json` in an artifact's folder says. Raises `SFTError` where it is missing, damaged, or
-    says what cannot be."""
+    """What `card.json` in an artifact's folder says. Raises `SFTError` where it is missing, damaged, says
+    what cannot be, or speaks of another task than one class an image."""
     folder = Path(folder)
 
     def refuse(why):
@@ -225,9 +225,17 @@ def read_card(folder: str | Path) -> dict:
     except (OSError, ValueError, RecursionError) as e:
         refuse(f"its card.json cannot be read ({type(e).__name__})")
     if not isinstance(card, dict): refuse("its card.json holds no table")
+    if (task := card.get("task")) is not None: raise SFTError(_other_task(folder, task))
     for key, ok in _CARD.items():
         if not ok(card.get(key)): refuse(f"its card.json has no valid {key!r}")
     return card
+
+# %% ../../nbs/tools/artifact.ipynb #f1431d1e
+def _other_task(folder: Path, task: object) -> str:
+    opened = {"text": "transformers opens it", "chat": "load_chat_model(folder).model is its network"}
+    how = opened.get(task, "open_task(folder).net is its network") if isinstance(task, str) else ""
+    return (f"{folder}: a model for task {task}, and this is for models of one class an image; use "
+            f"sft-course predict or card, or Python, where {how}.")
 
 # %% ../../nbs/tools/artifact.ipynb #b7ee3ac9
 def _numbers(v, n: int, low: float) -> bool:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from .settings import SFTError
 from .catalog import Problem, printable
+from .decoding import as_shown, turn_of
 from .detectors import BoxTargets
 
 # %% ../../nbs/tools/boxes.ipynb #d110af36
@@ -49,12 +50,15 @@ class _Image:
 # %% ../../nbs/tools/boxes.ipynb #d2821a43
 _PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
-def _size_of(path: Path) -> tuple[int, int] | str:
-    "Width and height, or why there are none."
+_QUARTERS = [Image.Transpose[k] for k in ("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")]
+
+def _seen_size(path: Path) -> tuple[tuple[int, int], Image.Transpose | None] | str:
+    "Width and height as it is shown, and how its EXIF turns it for that; or why there are none."
     if not path.is_file(): return "is missing"
     try:
-        with Image.open(path) as im: return im.size
+        with Image.open(path) as im: size, turn = im.size, turn_of(im)
     except Exception as e: return f"cannot be opened as an image ({type(e).__name__})"
+    return (size[::-1] if turn in _QUARTERS else size), turn
 
 def _numbers(values: Sequence[Any]) -> list[float] | None:
     "Four finite numbers, or None."
@@ -84,6 +88,25 @@ def _sound_boxes(image: _Image, size, classes, problems: list) -> tuple[np.ndarr
     return np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64)
 
 def _show(x: Sequence[float]) -> str: return ", ".join(f"{v:g}" for v in x)
+
+# %% ../../nbs/tools/boxes.ipynb #8610d7e8
+def _turned_box(box: Any, turn: Image.Transpose, size: tuple[int, int]) -> Any:
+    "A box in an image stored at `size`, after a quarter turn or a swap of its axes."
+    x, (w, h) = _numbers(box), size
+    if x is None: return box
+    x0, y0, x1, y1 = x
+    return dict(zip(_QUARTERS, ([y0, x0, y1, x1], [h - y1, x0, h - y0, x1],
+                                [h - y1, w - x1, h - y0, w - x0], [y0, w - x1, y1, w - x0])))[turn]
+
+def _follow_turn(image: _Image, turn: Image.Transpose, size: tuple[int, int], problems: list) -> None:
+    "Boxes of the stored pixels become those of the image as shown, at `size`; `problems` has what is unsure."
+    stored = size[::-1] if turn in _QUARTERS else size
+    if image.size == stored != size:
+        image.boxes, image.size = [_turned_box(b, turn, stored) for b in image.boxes], size
+    elif image.size in (None, stored):
+        problems.append(Problem(image.file, "turned", f"{image.where}: image {printable(image.file)} is "
+                                "turned by its EXIF, and nothing says whether its boxes were drawn before or "
+                                "after that; they are taken as drawn after. Look at it."))
 
 # %% ../../nbs/tools/boxes.ipynb #d09a9f50
 def looks_like_xywh(boxes: np.ndarray, sizes: np.ndarray) -> bool:
@@ -123,11 +146,13 @@ def _catalog(root: Path, classes: Sequence[str], images: list[_Image], problems:
     "The catalog of what three readers found, checked."
     there, sizes = [], []
     for image in images:
-        size = _size_of(root / image.file)
-        if isinstance(size, str):
+        seen = _seen_size(root / image.file)
+        if isinstance(seen, str):
             problems.append(Problem(image.file, "image", f"{image.where}: image {printable(image.file)} "
-                                    f"{size}; it is left out."))
+                                    f"{seen}; it is left out."))
             continue
+        size, turn = seen
+        if turn is not None: _follow_turn(image, turn, size, problems)
         if image.size and image.size != size:
             problems.append(Problem(image.file, "size", f"{image.where}: the image is said to be "
                                     f"{image.size[0]} × {image.size[1]} and is {size[0]} × "
@@ -282,9 +307,9 @@ def read_yolo(root: str | Path) -> BoxCatalog:
             what = f"{printable(text.name)}: there is no image of this name."
             problems.append(Problem(text.name, "image", what))
     for f in files:
-        size, inside = _size_of(f), f.relative_to(root / "images")
+        seen, inside = _seen_size(f), f.relative_to(root / "images")
         text = (root / "labels" / inside).with_suffix(".txt")
-        size = (1, 1) if isinstance(size, str) else size  # `_catalog` says what is wrong with it
+        size = (1, 1) if isinstance(seen, str) else seen[0]  # `_catalog` says what is wrong with it
         images.append(_yolo_image(f"images/{inside.as_posix()}", text, size, names, problems))
     return _catalog(root, names, images, problems, "yolo", f"{printable(root.name)}/")
 
@@ -322,13 +347,13 @@ class BoxImages:
         return BoxImages(self.pixels[np.asarray(rows)], self.targets[rows], self.classes)
 
 def load_images(catalog: BoxCatalog, size: int) -> BoxImages:
-    "The images of a catalog squeezed to size × size, and their boxes with them."
+    "The images of a catalog as they are shown, squeezed to size × size, and their boxes with them."
     pixels, boxes = np.empty((len(catalog), size, size, 3), np.uint8), []
     for i, (file, (w, h)) in enumerate(zip(catalog.files, catalog.sizes)):
         try:
             with Image.open(catalog.root / file) as im:
                 how = Image.Resampling.BOX if min(w, h) > size else Image.Resampling.BILINEAR
-                pixels[i] = np.asarray(im.convert("RGB").resize((size, size), how))
+                pixels[i] = np.asarray(as_shown(im).convert("RGB").resize((size, size), how))
         except OSError as e:
             raise SFTError(f"{printable(file)}: the image cannot be decoded ({type(e).__name__}); "
                            "take it out.") from None

@@ -6,8 +6,9 @@
 __all__ = ['holds_chats', 'is_chat_model']
 
 # %% ../../nbs/tools/chat_kinds.ipynb #cc7a6fa7
-import json, re
+import re
 from pathlib import Path
+from .files import card_of
 
 # %% ../../nbs/tools/chat_kinds.ipynb #3d5523c2
 _CHAT = re.compile(rb'"(messages|prompt|completion|conversations|instruction)"\s*:')
@@ -26,6 +27,4 @@ def holds_chats(path: str | Path) -> bool:
 # %% ../../nbs/tools/chat_kinds.ipynb #887d75c5
 def is_chat_model(folder: str | Path) -> bool:
     "Whether a folder was written by `fine_tune_chats`."
-    try: card = json.loads((Path(folder) / "card.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): return False
-    return isinstance(card, dict) and card.get("task") == "chat"
+    return card_of(folder).get("task") == "chat"

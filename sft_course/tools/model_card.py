@@ -13,6 +13,7 @@ from typing import Any, Sequence
 from .settings import expanded, SFTError
 from .files import whole_file
 from .artifact import read_card
+from .task_kinds import task_card
 from .sentences import is_text_model
 from ..evaluation import per_class, wilson
 from .predict import Result
@@ -235,7 +236,7 @@ def push_to_hub(
     from huggingface_hub import HfApi
 
     folder = expanded(folder)
-    if not is_text_model(folder):
+    if not (is_text_model(folder) or task_card(folder)):
         read_card(folder)
     if not (folder / "README.md").is_file():
         raise SFTError(f"{folder}: there is no README.md; write the model card first, with write_model_card.")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 from .settings import expanded, SFTError
+from .files import card_of
 from .catalog import Problem
 
 # %% ../../nbs/tools/sentences.ipynb #c75b89fe
@@ -173,9 +174,7 @@ def label_column(path: str | Path) -> str:
 
 def is_text_model(folder: str | Path) -> bool:
     "Whether a folder was written by `fit_text_file`."
-    try: card = json.loads((Path(folder) / "card.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): return False
-    return isinstance(card, dict) and card.get("task") == "text"
+    return card_of(folder).get("task") == "text"
 
 # %% ../../nbs/tools/sentences.ipynb #689bcf9a
 def read_texts(path: str | Path, text: str = "text", label: str = "label") -> Texts:

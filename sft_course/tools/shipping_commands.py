@@ -200,8 +200,13 @@ def card(
 ) -> None:
     """Write OUT/README.md, a model card for people: use, data, accuracy with its interval, limits."""
     from sft_course.tools.model_card import model_card, write_model_card
+    from sft_course.tools.task_kinds import task_card
+    from sft_course.tools.task_model_card import task_model_card
 
-    text = model_card(artifact, "", intended_use, about_data, license, _exports(artifact))
+    if task_card(expanded(artifact)):
+        text = task_model_card(artifact, "", intended_use, about_data, license)
+    else:
+        text = model_card(artifact, "", intended_use, about_data, license, _exports(artifact))
     path = write_model_card(artifact, text)
     missing = text.count("Not stated by who made it")
     more = (

@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 from .settings import SFTError
 from .catalog import printable, Problem
+from .decoding import as_shown
 from .folders import split_named
 from .tables import NO, YES, _column_parts, _csv_row, _records, _table
 from .pixels import decode_once, PixelCache
 from .target_tables import (
     read_targets, TargetTable, _is_split, _require_files, _require_varied)
 from .task_kinds import part_folders, TASKS, _columns_of, _has_boxes, _has_masks, _separated
-from .masks import class_values, mask_pairs, mask_values, Masks, read_masks
+from .masks import class_values, mask_folders, mask_pairs, mask_values, Masks, read_masks
 from .boxes import BoxCatalog, load_images, read_boxes
 from .detectors import BoxTargets
 
@@ -162,9 +163,27 @@ def _pixel_value(value: Any) -> int:
     if not all(0 <= v < 256 for v in (red, green, blue)): raise ValueError
     return red * 65536 + green * 256 + blue
 
-def _values_in(folder: Path) -> set[int]:
-    found: set[int] = set()
-    for _, mask in mask_pairs(folder)[0]:
+def _listed_parts(root: Path, kind: str) -> dict[str, str]:
+    "{name of a file, without its ending: train, val or test}, as Pascal VOC's ImageSets say."
+    found: dict[str, str] = {}
+    for part in ("train", "val", "test"):
+        file = root / "ImageSets" / kind / f"{part}.txt"
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+        for line in lines: found.setdefault(line.strip(), part)
+    return found
+
+def _part_of(name: str, listed: Mapping[str, str]) -> str:
+    "The part of `train/a.png` by its folder, or of `a.png` as `listed` says; '' where neither does."
+    first, _, rest = name.partition("/")
+    return (split_named(first)[0] if rest else "") or listed.get(Path(name).stem, "")
+
+def _values_in(folder: Path, listed: Mapping[str, str]) -> set[int]:
+    "All values in masks: of those to train on, where that is known."
+    masks, found = {}, set()
+    for image, mask in mask_pairs(folder)[0]:
+        name = image.relative_to(mask_folders(folder)[0]).as_posix()
+        masks.setdefault(_part_of(name, listed), []).append(mask)
+    for mask in masks.get("train") or sum(masks.values(), []):
         try: found |= set(np.unique(mask_values(mask)).tolist())
         except SFTError: pass  # `read_masks` names it
     return found
@@ -181,7 +200,7 @@ def _side(folders: Iterable[Path], size: int | None) -> int | None:
     for folder in folders:
         for image, _ in mask_pairs(folder)[0]:
             try:
-                with Image.open(image) as im: seen.add(im.size)
+                with Image.open(image) as im: seen.add(as_shown(im).size)
             except Exception: pass  # `read_masks` names it
     if len(seen) != 1: return MASK_SIZE
     w, h = seen.pop()
@@ -195,20 +214,20 @@ def _mask_data(root: Path, size: int | None, seed: int, whole: bool, names: Sequ
     folders = _mask_folders(root)
     listed = _listed_classes(root, *folders.values())
     learned = [f for part, f in folders.items() if part in ("train", "")] or list(folders.values())
-    classes = listed or _class_names(set().union(*map(_values_in, learned)))
+    given = _listed_parts(root, "Segmentation")
+    classes = listed or _class_names(set().union(*(_values_in(folder, given) for folder in learned)))
     if names is not None: classes = _as_learned(root, classes, names)
     side = _side(folders.values(), size) if native is None else (None if native else size or MASK_SIZE)
-    sets = {part: _named(read_masks(folder, classes, side), folder if part else None)
-            for part, folder in folders.items()}
-    found = list(sets.values())
+    sets = {part: read_masks(folder, classes, side) for part, folder in folders.items()}
+    found = [_named(s, folders[part], bool(part)) for part, s in sets.items()]
     shapes = {s.images.shape[1:3] for s in found}
     if len(shapes) > 1: raise SFTError(f"{printable(root)}: the parts hold images of different sizes; give "
                                        "--image-size.")
-    part = np.concatenate([[p or "train"] * len(s) for p, s in sets.items()]).astype("<U5")
+    part = [p or _part_of(n, given) or "train" for p, s in sets.items() for n in s.names]
     problems = tuple(p for s in found for p in s.problems)
     return TaskData("masks", root, found[0].classes, tuple(n for s in found for n in s.names),
                     np.concatenate([s.images for s in found]), np.concatenate([s.masks for s in found]),
-                    part if whole else divided(part, seed), problems, native=side is None)
+                    _parts(part, seed, whole), problems, native=side is None)
 
 def _mask_folders(root: Path) -> dict[str, Path]:
     "{part: folder with images and masks}; the part is '' where there are no parts."
@@ -217,12 +236,16 @@ def _mask_folders(root: Path) -> dict[str, Path]:
     if not found: mask_pairs(root)  # says what is missing
     return found
 
-def _named(data: Masks, folder: Path | None) -> Masks:
-    "The same, files and problems named from the folder above."
-    if folder is None: return replace(data, names=tuple(f"images/{n}" for n in data.names))
-    problems = tuple(replace(p, path=f"{folder.name}/{p.path}", message=f"{folder.name}/{p.message}")
-                     for p in data.problems)
-    return replace(data, names=tuple(f"{folder.name}/images/{n}" for n in data.names), problems=problems)
+def _parts(part: Sequence[str], seed: int, whole: bool) -> np.ndarray:
+    part = np.array(part, "<U5")
+    return part if whole else divided(part, seed)
+
+def _named(data: Masks, folder: Path, is_part: bool) -> Masks:
+    "The same, files and, where it is a part, problems named from the folder above."
+    ahead = f"{folder.name}/" if is_part else ""
+    problems = tuple(replace(p, path=ahead + p.path, message=ahead + p.message) for p in data.problems)
+    images = mask_folders(folder)[0].name
+    return replace(data, names=tuple(f"{ahead}{images}/{n}" for n in data.names), problems=problems)
 
 def _as_learned(root: Path, classes: Mapping[int, str], names: Sequence[str]) -> dict[int, str]:
     "The classes in the order of a network. Raises `SFTError` where there is one that it does not know."
@@ -242,19 +265,19 @@ def _box_data(root: Path, size: int | None, seed: int, whole: bool, names: Seque
     folders = {"": root} if _has_boxes(root) else {
         part: d for part, d in part_folders(root).items() if _has_boxes(d)} or {"": root}
     sets = {part: read_boxes(folder) for part, folder in folders.items()}
+    listed = _listed_parts(root, "Main")
     classes = tuple(names or (sets.get("train") or next(iter(sets.values()))).classes)
-    made = [_boxes_of(found, classes, folders[part].name if part else "", part, size)
+    made = [_boxes_of(found, classes, folders[part].name if part else "", part, size, listed)
             for part, found in sets.items()]
     files, images, boxes, part, sizes, problems = (sum(more, ()) for more in zip(*made))
     if not files: raise SFTError(f"{printable(root)}: none of its images can be read; look at them.")
-    part = np.array(part, "<U5")
-    if any(p not in ("train", "val", "test") for p in part): part[:] = "train"
     targets = BoxTargets(tuple(b for b, _ in boxes), tuple(l for _, l in boxes))
     return TaskData("boxes", root, classes, files, np.stack(images), targets,
-                    part if whole else divided(part, seed), problems, sizes=sizes)
+                    _parts(part, seed, whole), problems, sizes=sizes)
 
-def _boxes_of(found: BoxCatalog, classes: Sequence[str], folder: str, part: str, size: int) -> tuple:
-    "Files, images, (boxes, labels), parts, sizes and problems of one catalog, each a tuple."
+def _boxes_of(found: BoxCatalog, classes: Sequence[str], folder: str, part: str, size: int,
+              listed: Mapping[str, str]) -> tuple:
+    "Files, images, (boxes, labels), parts, sizes and problems of one catalog, each a tuple, by file name."
     ahead = f"{folder}/" if folder else ""
     problems = [replace(p, path=ahead + p.path, message=ahead + p.message) for p in found.problems]
     for name in found.classes:
@@ -262,7 +285,8 @@ def _boxes_of(found: BoxCatalog, classes: Sequence[str], folder: str, part: str,
             problems.append(Problem(folder, "untrained class", f"{folder}: class {printable(name)!r} is not "
                                     "among those of training; its boxes are left out."))
     files, images, boxes, parts, sizes = [], [], [], [], []
-    for i, file in enumerate(found.files):
+    for i in sorted(range(len(found)), key=lambda i: found.files[i]):
+        file = found.files[i]
         one = replace(found, files=(file,), sizes=(found.sizes[i],), boxes=(found.boxes[i],),
                       labels=(found.labels[i],))
         try: loaded = load_images(one, size)
@@ -274,8 +298,8 @@ def _boxes_of(found: BoxCatalog, classes: Sequence[str], folder: str, part: str,
         labels = [1 + classes.index(found.classes[one.labels[0][k] - 1]) for k in known]
         boxes.append((loaded.targets.boxes[0][known], torch.tensor(labels, dtype=torch.long)))
         files.append(ahead + file), images.append(loaded.pixels[0]), sizes.append(found.sizes[i])
-        inside = file.split("/")
-        parts.append(part or (split_named(inside[1])[0] if len(inside) > 2 else "") or "train")
+        inside = _part_of(file.partition("/")[2], listed) or _part_of(file, listed)
+        parts.append(part or inside or "train")
     return tuple(files), tuple(images), tuple(boxes), tuple(parts), tuple(sizes), tuple(problems)
 
 # %% ../../nbs/tools/task_folders.ipynb #a3f2ab6f

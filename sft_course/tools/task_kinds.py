@@ -6,14 +6,16 @@
 __all__ = ['TASKS', 'task_named', 'part_folders', 'task_at', 'task_for', 'task_card']
 
 # %% ../../nbs/tools/task_kinds.ipynb #93411fb4
-import difflib, json, re
+import difflib, re
 from pathlib import Path
 from typing import Any, Callable, Sequence
 from .settings import SFTError
+from .files import card_of
 from .catalog import printable
 from .folders import split_named
 from .tables import NO, YES, _records, _table
 from .target_tables import MOST_CLASSES, _is_split, _number
+from .masks import mask_folders
 
 # %% ../../nbs/tools/task_kinds.ipynb #e7f6dced
 TASKS = {"class": "one class an image", "labels": "several labels an image",
@@ -85,7 +87,7 @@ def part_folders(root: str | Path) -> dict[str, Path]:
         if d.is_dir() and part and not rest: found.setdefault(part, d)
     return found
 
-def _has_masks(d: Path) -> bool: return (d / "images").is_dir() and (d / "masks").is_dir()
+def _has_masks(d: Path) -> bool: return mask_folders(d) is not None
 
 def _has_boxes(d: Path) -> bool:
     "Whether a folder holds COCO, Pascal VOC or YOLO files."
@@ -105,14 +107,19 @@ def _is_coco(file: Path) -> bool:
 def task_at(path: str | Path, task: str | None = None) -> tuple[str, str]:
     """What a folder or a CSV is to be learned for, one of `TASKS`, and how that was seen; `task` decides.
 
-    What looks like nothing of the kind is `class`, whose own reader says what is wrong with it."""
+    What looks like nothing of the kind is `class`, whose own reader says what is wrong with it. Raises
+    `SFTError` where a person has to say."""
     path = Path(path)
     if task is not None: return task_named(task), "as was asked"
     if path.is_dir():
         try: places = [path, *part_folders(path).values()]
         except OSError: places = []  # the reader of class folders says why
-        if any(map(_has_masks, places)): return "masks", "folders images and masks"
-        if any(map(_has_boxes, places)): return "boxes", "files of boxes"
+        masks = next(filter(None, map(mask_folders, places)), None)
+        boxes = any(map(_has_boxes, places))
+        if masks and boxes: raise SFTError(f"{printable(path)}: holds masks and boxes; give --task masks or "
+                                           "--task boxes.")
+        if masks: return "masks", f"folders {masks[0].name} and {masks[1].name}"
+        if boxes: return "boxes", "files of boxes"
     if path.is_file() and path.suffix.lower() == ".csv": return _task_of_table(path)
     return "class", "a folder a class"
 
@@ -134,6 +141,5 @@ def _whole_numbers(file: Path) -> bool:
 # %% ../../nbs/tools/task_kinds.ipynb #7bbd5e3a
 def task_card(folder: str | Path) -> dict | None:
     "What the card of such an artifact says; None for any other folder."
-    try: card = json.loads((Path(folder) / "card.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): return None
-    return card if isinstance(card, dict) and card.get("task") in [*TASKS][1:] else None
+    card = card_of(folder)
+    return card if card.get("task") in [*TASKS][1:] else None

@@ -128,7 +128,7 @@ def task_lines(data: TaskData, problems: tuple[Problem, ...], most: int = 10) ->
     "Lines that say what data hold and what is wrong with them; of each kind of problem the first `most`."
     parts = ", ".join(f"{len(data.rows(p))} {p}" for p in ("train", "val", "test"))
     shown = ", ".join(map(printable, data.names[:12])) + " …" * (len(data.names) > 12)
-    lines = [f"{len(data)} images for {TASKS[data.task]}: {parts}", f"{len(data.names)} of {shown}"
+    lines = [f"{len(data)} images, {data.task} ({TASKS[data.task]}): {parts}", f"{len(data.names)} of {shown}"
              if len(data.names) > 12 else f"names: {shown}"]
     kinds = defaultdict(list)
     for p in problems: kinds[p.kind].append(p.message)

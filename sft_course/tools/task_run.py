@@ -21,7 +21,7 @@ from .files import whole_file
 from .torch_state import own_torch_state
 from .catalog import printable
 from .checkpoints import read_checkpoint
-from .decoding import read_picture, why_unreadable, _with_image
+from .decoding import as_shown, read_picture, why_unreadable, _with_image
 from .weights import mismatched_keys
 from .predict import _given, _is_one, _items, _require_file
 from .artifact import require_free, _table, _write
@@ -218,8 +218,10 @@ class TaskResult:
 def _seen(task: str, source: Any, size: Any) -> np.ndarray:
     "An image as the task reads it: the central square for labels and numbers, all of it for masks and boxes."
     if task in ("labels", "number"): return read_picture(source, size)
-    def whole(im): return np.asarray(im.convert("RGB"))
-    return _with_image(source, max(size) if isinstance(size, list) else size, whole)
+    def whole(im): return np.asarray(as_shown(im).convert("RGB"))
+    return _with_image(source, _ALL, whole)
+
+_ALL = 1 << 16  # pixels on a side; for fewer a JPEG may be decoded at a fraction of its size
 
 def _decoded(task: str, name: str, net: nn.Module, card: dict, image: np.ndarray) -> TaskPrediction:
     names = tuple(card["names"])
