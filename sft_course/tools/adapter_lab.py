@@ -37,7 +37,7 @@ from .unfreezing_lab import as_pretrained, features, lab_set, learn_rows, throug
 from .unfreezing_lab import test_pictures
 
 # %% ../../nbs/tools/adapter_lab.ipynb #22501294
-SETS = ("garden", "ants_bees")
+SETS = ("garden", "ants_bees", "hands")
 SEEDS = (0, 1, 2)
 TOP = 6  # stages, as in the default recipe
 
@@ -229,7 +229,7 @@ def draw_ways(runs: pd.DataFrame):
     "A panel a data set, a row a way: a dot for each seed's test accuracy, a line at the mean."
     import matplotlib.pyplot as plt
     beside = moved_table(runs).beside.drop("head").sort_values()
-    fig, axes = plt.subplots(1, len(SETS), figsize=(4.2 * len(SETS), 2.8), layout="constrained",
+    fig, axes = plt.subplots(1, len(SETS), figsize=(3.4 * len(SETS), 2.8), layout="constrained",
                              squeeze=False, sharey=True)
     for ax, data in zip(axes[0], SETS):
         mine = runs[runs.data == data]
