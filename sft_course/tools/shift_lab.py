@@ -45,7 +45,7 @@ EPOCHS = 6
 BATCH = 16
 LEARNED = {"garden": 30, "hands": 20, "ants_bees": 50}  # training images a class
 HELD = {"garden": 10, "hands": 10, "ants_bees": 20}     # validation images a class
-TESTED = {"hands": 200, "ants_bees": 60}                # test images; of drawn flowers 150
+TESTED = {"hands": 100, "ants_bees": 60}                # test images; of drawn flowers 150
 ELSEWHERE = ("night", "herbarium", "plate")
 
 def images_of(data: str) -> PixelCache:
@@ -293,7 +293,7 @@ def line_run(data: str, seed: int, pair: str, refreshed: bool, weight: float) ->
 # %% ../../nbs/tools/shift_lab.ipynb #c0b0bed0
 CODE = (images_of, draw_parts, test_images, shifted_images, _entering, shift_bench, fitted_head, Way,
         train_way, said, corrupt, *(f for f, _ in CORRUPTIONS.values()), average_states, interpolate)
-DATA = ("garden", "ants_bees", "hands")
+DATA = ("garden", "ants_bees")
 
 def wise_runs(data: tuple[str, ...] = DATA) -> pd.DataFrame:
     "The recorded curves: set × seed × domain × mixing weight."
