@@ -244,9 +244,26 @@ def test_a_soup_says_what_it_is_made_of(data):
     assert card["average"]["kind"] == "soup" and set(card["average"]["of"]) <= {1., .5, 2.}
 
 
+def test_stopped_and_resumed_the_average_along_the_way_is_the_same_bytes(data, tmp_path):
+    def run(name, **how):  # without a head of its own, the tuned weights are what is saved
+        return fine_tune_average(data, "ema", "lite0", tmp_path / name, phases=RECIPE[1], size=48, **how)
+
+    def stop(row):
+        raise InterruptedError
+
+    whole = run("whole")
+    with pytest.raises(InterruptedError):
+        run("stopped", watch=stop)
+    assert (tmp_path / "stopped" / "last.ckpt").exists()
+    resumed = run("stopped", resume=True)
+    assert whole.card["average"] == resumed.card["average"] == {"kind": "ema", "decay": .95, "taken": True}
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped"))
+    assert first == second
+
+
 def test_an_average_needs_a_known_name_and_a_start(data):
-    with pytest.raises(SFTError, match="use one of wise, soup"):
-        fine_tune_average(data, "ema")
+    with pytest.raises(SFTError, match="use one of wise, soup, ema"):
+        fine_tune_average(data, "swa")
     with pytest.raises(SFTError, match="begin with Phase"):
         fine_tune_average(data, "wise", "lite0", phases=RECIPE[1], size=48)
 

@@ -229,7 +229,7 @@ def draw_ways(runs: pd.DataFrame):
     "A panel a data set, a row a way: a dot for each seed's test accuracy, a line at the mean."
     import matplotlib.pyplot as plt
     beside = moved_table(runs).beside.drop("head").sort_values()
-    fig, axes = plt.subplots(1, len(SETS), figsize=(4.2 * len(SETS), 2.8), layout="constrained",
+    fig, axes = plt.subplots(1, len(SETS), figsize=(3.4 * len(SETS), 2.8), layout="constrained",
                              squeeze=False, sharey=True)
     for ax, data in zip(axes[0], SETS):
         mine = runs[runs.data == data]

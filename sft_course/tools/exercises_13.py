@@ -88,15 +88,15 @@ EXERCISES["13.3"] = Exercise(
 
 # %% ../../nbs/tools/exercises_13.ipynb #3020488d
 EXERCISES["13.4"] = Exercise(
-    right=lambda d: isinstance(d, dict) and len(d) == 2 and 0 < float(d["moved"]) < 20_000
+    right=lambda d: isinstance(d, dict) and len(d) == 2 and 0 < float(d["moved"]) < 40_000
     and float(d["gain"]) > 0,
     why="So few numbers, and better than the head. On how many seeds did you try it?",
     hint="Give {'moved': …, 'gain': …}: numbers that move beside the head, and points above the head alone.",
     mistakes=(
         (lambda d: isinstance(d, dict) and float(d["gain"]) <= 0,
          "It does not gain. Try another rank or learning rate."),
-        (lambda d: isinstance(d, dict) and float(d["moved"]) >= 20_000,
-         "Too many numbers move; use fewer than 20,000."),
+        (lambda d: isinstance(d, dict) and float(d["moved"]) >= 40_000,
+         "Too many numbers move; use fewer than 40,000."),
     ),
     tempting=({"moved": 5000, "gain": -1.}, {"moved": 500_000, "gain": 3.}),
 )

@@ -43,9 +43,9 @@ SIZE = 64  # pixels
 TOP = 3    # stages that train
 EPOCHS = 6
 BATCH = 16
-LEARNED = {"garden": 30, "hands": 12, "ants_bees": 50}  # training images a class
+LEARNED = {"garden": 30, "hands": 20, "ants_bees": 50}  # training images a class
 HELD = {"garden": 10, "hands": 10, "ants_bees": 20}     # validation images a class
-TESTED = {"hands": 60, "ants_bees": 60}                 # test images; of drawn flowers 150
+TESTED = {"hands": 100, "ants_bees": 60}                # test images; of drawn flowers 150
 ELSEWHERE = ("night", "herbarium", "plate")
 
 def images_of(data: str) -> PixelCache:
