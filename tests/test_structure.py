@@ -40,7 +40,7 @@ ORDER = [
     "tools.chat_kinds", "tools.chat_files", "tools.chat_run", "tools.chat_command",
     "tools.keras_start", "tools.keras_inputs", "keras_twin", "tools.parity",
     "tools.launch", "tools.sharded_predict", "tools.scale_lab", "scale",
-    "shipping", "tools.keras_export", "tools.exporting", "tools.model_card", "tools.serving", "tools.clients", "tools.shipping_runs",
+    "shipping", "tools.keras_export", "tools.exporting", "tools.model_card", "tools.known_images", "tools.serving", "tools.clients", "tools.shipping_runs",
     "tools.shipping_commands",
     "tools.cheat_sheet", "answers",
     "tools.ladder", "tools.widgets",
