@@ -220,7 +220,7 @@ def test_limits_are_answers(tmp_path):
         chunks = httpx.post(f"{url}/predict", content=(bytes(1000) for _ in range(30)))  # no length is said
     assert large.status_code == chunks.status_code == 413 and "0.02 MB" in large.json()["error"]
     assert {r.status_code for r in (huge, wide, nothing, form)} == {422}
-    assert "million pixels" in wide.json()["error"] and "empty" in nothing.json()["error"]
+    assert all("0.01 million pixels" in r.json()["error"] for r in (huge, wide)) and "empty" in nothing.json()["error"]
 
 
 def test_a_form_and_the_bytes_themselves_are_the_same():
@@ -309,6 +309,17 @@ def test_silence_and_a_slow_second_request_end_too():
         head, _, body = answer.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 408 ") and f"content-length: {len(body)}".encode() in head
         assert "headers took longer than 0.5 seconds" in json.loads(body)["error"]
+
+
+def test_a_body_that_follows_an_answer_ends_too():
+    from sft_course.tools.serving import Limits, serving
+    with serving(a_predictor(), Limits(seconds=.5)) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as s:
+            s.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n")
+            answer = s.recv(65536)
+            s.sendall(b"x")
+            answer += heard(s)
+    assert answer.count(b"HTTP/1.1") == 1
 
 
 def test_a_slow_answer_is_not_cut_off():

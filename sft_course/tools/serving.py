@@ -58,15 +58,16 @@ def _pixels_of(data: bytes) -> int:
 
 def read_upload(data: bytes, limits: Limits, side: int, levels=None) -> np.ndarray:
     "The square uint8 (side, side, 3) of an uploaded image. Raises `SFTError` with one sentence."
+    most = min(limits.pixels, Image.MAX_IMAGE_PIXELS or limits.pixels)
+    too_large = SFTError(f"the image has more than {most / 1e6:g} million pixels, the limit; make it smaller.")
     try:
-        if (n := _pixels_of(data)) > limits.pixels:
-            raise SFTError(
-                f"the image has {n / 1e6:.0f} million pixels; the limit is "
-                f"{limits.pixels / 1e6:.0f} million, so make it smaller."
-            )
+        if _pixels_of(data) > most:
+            raise too_large
         return read_picture(data, side, levels)
     except SFTError:
         raise
+    except Image.DecompressionBombError:  # Pillow does not even tell how many
+        raise too_large from None
     except Exception as e:
         raise SFTError(
             f"the upload cannot be read as an image ({why_unreadable(data, e)}); send another."
@@ -225,9 +226,10 @@ def _answer(status: int, sentence: str):
     extra = {408: {"connection": "close"}, 413: {"connection": "close"}, 503: {"retry-after": "1"}}
     return JSONResponse({"error": sentence}, status, headers=extra.get(status))
 
-# %% ../../nbs/tools/serving.ipynb #3e5fe2d9
+# %% ../../nbs/tools/serving.ipynb #svclock2
 def _protocol(limits: Limits, late: Callable[[], None]):
     "uvicorn's HTTP protocol, with a clock on the headers; `late()` is called for each that it cuts off."
+    import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Watched(H11Protocol):
@@ -260,9 +262,11 @@ def _protocol(limits: Limits, late: Callable[[], None]):
                 self.clock = self.loop.call_later(limits.seconds, self.cut_off)
 
         def cut_off(self):
+            "Close the connection, with an answer where something was asked that is not answered yet."
             if self.begun and not self.transport.is_closing():
                 late()
-                self.transport.write(_late_answer(limits))
+                if self.conn.our_state is h11.IDLE:
+                    self.transport.write(_late_answer(limits))
             self.transport.close()
 
     return Watched
