@@ -341,8 +341,7 @@ def test_there_are_only_so_many_connections():
         time.sleep(.2)
         assert httpx.get(f"{url}/health").status_code == 503
         more = [socket.create_connection(place) for _ in range(4)]
-        with pytest.raises(ConnectionResetError):
-            heard(more[-1])
+        assert heard(more[-1]) == b""
         for s in idle + more:
             s.close()
         time.sleep(.2)
