@@ -306,8 +306,8 @@ def test_silence_and_a_slow_second_request_end_too():
             assert s.recv(65536).startswith(b"HTTP/1.1 200")
             s.sendall(b"GET /health HTTP/1.1\r\nx-slow: ")
             answer = heard(s)
-        head, _, body = answer.partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 408 ") and f"content-length: {len(body)}".encode() in head
+        head, _, body = answer[answer.index(b"HTTP/1.1 408 "):].partition(b"\r\n\r\n")
+        assert f"content-length: {len(body)}".encode() in head
         assert "headers took longer than 0.5 seconds" in json.loads(body)["error"]
 
 
@@ -319,7 +319,7 @@ def test_a_body_that_follows_an_answer_ends_too():
             answer = s.recv(65536)
             s.sendall(b"x")
             answer += heard(s)
-    assert answer.count(b"HTTP/1.1") == 1
+    assert answer.startswith(b"HTTP/1.1 200 ") and answer.count(b"HTTP/1.1") == 1
 
 
 def test_a_slow_answer_is_not_cut_off():
