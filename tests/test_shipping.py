@@ -1,5 +1,6 @@
 "What the notebooks on shipping do not show: faults of exports, of the server's clients, of the card and of the commands."
 import asyncio
+import base64
 import io
 import json
 import socket
@@ -220,7 +221,7 @@ def test_limits_are_answers(tmp_path):
         chunks = httpx.post(f"{url}/predict", content=(bytes(1000) for _ in range(30)))  # no length is said
     assert large.status_code == chunks.status_code == 413 and "0.02 MB" in large.json()["error"]
     assert {r.status_code for r in (huge, wide, nothing, form)} == {422}
-    assert "million pixels" in wide.json()["error"] and "empty" in nothing.json()["error"]
+    assert all("0.01 million pixels" in r.json()["error"] for r in (huge, wide)) and "empty" in nothing.json()["error"]
 
 
 def test_a_form_and_the_bytes_themselves_are_the_same():
@@ -273,6 +274,126 @@ def test_slow_and_hostile_clients_cost_the_others_nothing():
     assert set(slow.statuses) == {408}
     assert set(said[said.body % 2 == 1].status) == {200} and set(said[said.body % 2 == 0].status) == {422}
     assert said[said.body % 2 == 1].answer.map(lambda a: json.loads(a)["label"]).nunique() == 1
+
+
+def test_slow_headers_are_cut_off_and_counted():
+    from sft_course.tools.clients import Slow, load
+    from sft_course.tools.serving import Limits, serving
+    with serving(a_predictor(), Limits(seconds=1.)) as url:
+        with Slow(url, 6, 20., headers=True) as slow:
+            said = load(url, [a_png()], 40, 8)
+        numbers = httpx.get(f"{url}/metrics").text
+    assert set(slow.statuses) == {408} and set(said.status) == {200}
+    assert 'sft_requests_total{route="other",status="408"} 6.0' in numbers
+
+
+def heard(s, seconds=5.):
+    "All that a server says until it closes the connection."
+    s.settimeout(seconds)
+    parts = []
+    while part := s.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def test_silence_and_a_slow_second_request_end_too():
+    from sft_course.tools.serving import Limits, serving
+    with serving(a_predictor(), Limits(seconds=.5)) as url:
+        place = "127.0.0.1", int(url.rsplit(":", 1)[1])
+        with socket.create_connection(place) as silent:
+            assert heard(silent) == b""
+        with socket.create_connection(place) as s:
+            s.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert s.recv(65536).startswith(b"HTTP/1.1 200")
+            s.sendall(b"GET /health HTTP/1.1\r\nx-slow: ")
+            answer = heard(s)
+        head, _, body = answer[answer.index(b"HTTP/1.1 408 "):].partition(b"\r\n\r\n")
+        assert f"content-length: {len(body)}".encode() in head
+        assert "headers took longer than 0.5 seconds" in json.loads(body)["error"]
+
+
+def test_a_body_that_follows_an_answer_ends_too():
+    from sft_course.tools.serving import Limits, serving
+    with serving(a_predictor(), Limits(seconds=.5)) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as s:
+            s.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n")
+            answer = s.recv(65536)
+            s.sendall(b"x")
+            answer += heard(s)
+    assert answer.startswith(b"HTTP/1.1 200 ") and answer.count(b"HTTP/1.1") == 1
+
+
+def test_a_slow_answer_is_not_cut_off():
+    from sft_course.tools.serving import Limits, serving
+
+    def slow(items):
+        time.sleep(1.)
+        return np.tile(np.float32([.2, .5, .3]), (len(items), 1))
+
+    with serving(a_predictor(slow), Limits(seconds=.3)) as url, httpx.Client() as client:
+        assert [client.post(f"{url}/predict", content=a_png()).status_code for _ in range(2)] == [200, 200]
+
+
+def test_there_are_only_so_many_connections():
+    from sft_course.tools.serving import Limits, serving
+    with serving(a_predictor(), Limits(connections=4, seconds=20.)) as url:
+        place = "127.0.0.1", int(url.rsplit(":", 1)[1])
+        idle = [socket.create_connection(place) for _ in range(4)]
+        time.sleep(.2)
+        assert httpx.get(f"{url}/health").status_code == 503
+        more = [socket.create_connection(place) for _ in range(4)]
+        assert heard(more[-1]) == b""
+        for s in idle + more:
+            s.close()
+        time.sleep(.2)
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_the_nearest_images_are_asked_for_by_a_route_of_their_own():
+    from dataclasses import replace
+
+    from sft_course.tools.serving import page, serving
+    one = {"label": "<b>a</b>", "similarity": .98765, "image": b"\xff\xd8 a file"}
+    with serving(a_predictor()) as url:
+        assert httpx.post(f"{url}/nearest", content=a_png()).status_code == 404
+    with serving(replace(a_predictor(), nearest=lambda items: [[one] * 3 for _ in items])) as url:
+        said = httpx.post(f"{url}/nearest", content=a_png()).json()
+        assert httpx.post(f"{url}/nearest", content=b"").status_code == 422
+        assert httpx.post(f"{url}/predict", content=a_png()).json()["label"] in "abc"
+    assert [n["similarity"] for n in said["nearest"]] == [.9877] * 3 and base64.b64decode(said["nearest"][0]["image"]) == one["image"]
+    assert 'id="near"' not in page(a_predictor())
+
+
+def test_known_images_of_a_folder(tmp_path):
+    from sft_course.tools import serving
+    from sft_course.tools.known_images import known_images
+    rng = np.random.default_rng(0)
+    for k in range(2):
+        (tmp_path / "data" / f"c{k}").mkdir(parents=True)
+        for i in range(5):
+            Image.fromarray(rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(tmp_path / "data" / f"c{k}" / f"{i}.png")
+    result = a_result()
+    known = known_images(result, tmp_path / "data", most=4)
+    assert len(known) == 4 and sorted(known.labels) == ["c0", "c0", "c1", "c1"]
+    found = known.nearest(squares(2, 74), k=9)
+    assert [len(f) for f in found] == [4, 4] and all(Image.open(io.BytesIO(n["image"])).size == (112, 112) for n in found[0])
+    out = result.save(tmp_path / "m")
+    assert serving.open_predictor(out, tmp_path / "data").about["known_images"] == 6
+    with pytest.raises(SFTError, match="nowhere"):
+        serving.open_predictor(out, tmp_path / "nowhere")
+    with patch.object(serving, "is_text_model", lambda folder: True), pytest.raises(SFTError, match="leave --images out"):
+        serving.open_predictor(out, tmp_path / "data")
+
+
+def test_the_temperature_in_the_card_is_used(tmp_path):
+    from sft_course.tools.serving import open_predictor
+    result = a_result()
+    plain = open_predictor(result.save(tmp_path / "plain"))
+    result.card["temperature"] = 2.
+    cold = open_predictor(result.save(tmp_path / "cold"))
+    assert not plain.about["calibrated"] and cold.about["calibrated"]
+    images = list(squares(3, 74))
+    assert (cold.run(images).max(1) < plain.run(images).max(1)).all()
 
 
 def test_clients_that_hang_up_are_forgotten():

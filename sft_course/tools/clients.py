@@ -77,10 +77,11 @@ def summary(table: pd.DataFrame) -> dict[str, float]:
     }
 
 # %% ../../nbs/tools/clients.ipynb #cl42083c
-async def _drip(port: int, seconds: float) -> int:
+async def _drip(port: int, seconds: float, headers: bool) -> int:
     "One byte every tenth of a second; the status of the answer, 0 where there was none."
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n")
+    writer.write(b"POST /predict HTTP/1.1\r\nhost: x\r\n")
+    writer.write(b"x-slow: " if headers else b"content-length: 100000\r\n\r\n")
     until = time.perf_counter() + seconds
     answer = asyncio.ensure_future(reader.readline())
     try:
@@ -97,13 +98,18 @@ async def _drip(port: int, seconds: float) -> int:
 
 
 class Slow:
-    "While the block runs, `n` slow clients hang on, at most `seconds`; then `.statuses` holds the answers."
+    """While the block runs, `n` slow clients hang on, at most `seconds`; then `.statuses` holds the answers.
 
-    def __init__(self, url: str, n: int, seconds: float):
+    headers: they do not come to the end of their headers; otherwise the upload is slow.
+    """
+
+    def __init__(self, url: str, n: int, seconds: float, headers: bool = False):
         self.port, self.n, self.seconds, self.statuses = int(url.rsplit(":", 1)[1]), n, seconds, []
+        self.headers = headers
 
     async def _all(self):
-        self.statuses += await asyncio.gather(*(_drip(self.port, self.seconds) for _ in range(self.n)))
+        drips = (_drip(self.port, self.seconds, self.headers) for _ in range(self.n))
+        self.statuses += await asyncio.gather(*drips)
 
     def __enter__(self):
         self.thread = threading.Thread(target=lambda: asyncio.run(self._all()))

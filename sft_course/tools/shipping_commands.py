@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ArtifactFolder', 'Format', 'Data', 'Int8', 'Json', 'Intended', 'AboutData', 'License', 'Repo', 'Public', 'Endpoint',
-           'Host', 'Port', 'MaxMB', 'MaxMP', 'Seconds', 'Together', 'Waiting', 'export', 'card', 'push', 'serve']
+           'Host', 'Port', 'MaxMB', 'MaxMP', 'Seconds', 'Together', 'Waiting', 'Images', 'export', 'card', 'push',
+           'serve']
 
 # %% ../../nbs/tools/shipping_commands.ipynb #scab1981
 import json, sys
@@ -246,17 +247,30 @@ MaxMB = Annotated[float, typer.Option("--max-mb", min=0.001, help="Megabytes of 
 MaxMP = Annotated[
     float, typer.Option("--max-megapixels", min=0.001, help="Million pixels of an image, at most.")
 ]
-Seconds = Annotated[float, typer.Option("--seconds", min=0.1, help="For an upload to arrive.")]
+Seconds = Annotated[
+    float, typer.Option("--seconds", min=0.1, help="For headers to arrive, and then for an upload.")
+]
 Together = Annotated[
     int, typer.Option("--batch", min=1, max=256, help="Items that go through the network together, at most.")
 ]
 Waiting = Annotated[
     int, typer.Option("--waiting", min=1, help="Items in line; who comes then is told to come again.")
 ]
+Images = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--images",
+        parser=typed_path,
+        metavar="DIR",
+        help="The folder OUT was fitted on: the page then shows the three training images that are nearest, "
+        "of at most 500. Whoever opens the page can see them.",
+    ),
+]
 
 
 def serve(
     artifact: ArtifactFolder,
+    images: Images = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     max_mb: MaxMB = 10,
@@ -278,4 +292,4 @@ def serve(
         batch=batch,
         waiting=waiting,
     )
-    run(artifact, host, port, limits, progress)
+    run(artifact, host, port, limits, progress, images)

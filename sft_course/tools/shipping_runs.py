@@ -7,7 +7,7 @@ __all__ = ['settings', 'NETWORKS', 'GATES', 'photographs', 'fitted', 'untrained'
            'int8_runs', 'under_load', 'load_runs']
 
 # %% ../../nbs/tools/shipping_runs.ipynb #srde4f4e
-import atexit, socket, subprocess, sys, tempfile, time
+import atexit, os, socket, subprocess, sys, tempfile, time
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
@@ -28,16 +28,16 @@ from .clients import hostile, load, summary
 
 # %% ../../nbs/tools/shipping_runs.ipynb #sr7b4475
 settings = load_settings()
-_SHARED = Path("../shared/data"), Path("../../shared/data"), Path("../../../shared/data")
 
 
 def photographs(name: str) -> Path:
-    "Where a folder of photographs lies beside the project. Raises `SFTError` where it does not."
-    for place in _SHARED:
-        if (place / name).is_dir():
-            return place / name
+    "A folder of photographs, from where `SFT_PHOTOS` says. Raises `SFTError` where it is not there."
+    folder = Path(os.environ.get("SFT_PHOTOS", "")) / name
+    if os.environ.get("SFT_PHOTOS") and folder.is_dir():
+        return folder
     raise SFTError(
-        f"{name}: these photographs are not here; the recorded rows are enough to run the chapter."
+        f"{name}: these photographs are not here; set SFT_PHOTOS to a folder that holds them. "
+        "The recorded rows are enough to run the chapter."
     )
 
 
