@@ -36,6 +36,8 @@ class OnGPU(torch.Tensor):
     @property
     def is_cuda(self): return True
 
+    def untyped_storage(self): return self.there.untyped_storage()
+
     def __repr__(self):
         return f"OnGPU({self.there})"
 

@@ -51,7 +51,7 @@ def test_a_run_on_the_gpu_ends_as_one_on_the_processor(images, tmp_path, phases)
 def test_a_step_does_not_wait_for_the_gpu(images):
     def waited(batch_size):
         with gpu() as waits:
-            tuner = FineTuner(images, "lite0", size=64, settings=load_settings(device="cuda"), weights=None)
-            tuner.run_phase(Phase(2, epochs=1, batch_size=batch_size, views=0))
+            tuner = FineTuner(images, "lite0", size=64, settings=load_settings(device="cuda"))
+            tuner.run_phase(Phase(3, epochs=1, batch_size=batch_size, views=0))
             return sum(waits.values())
     assert waited(4) == waited(8)

@@ -182,7 +182,7 @@ def _as_kept(x: torch.Tensor) -> torch.Tensor:
     """Rounded to 16 bits as in the cache, where they hold it: with or without room for the cache the same
     weights come out."""
     short = x.half()
-    return short.to(x.dtype) if short.isfinite().all() else x
+    return torch.where(short.isfinite().all(), short.to(x.dtype), x)  # nothing waits for a GPU
 
 # %% ../../nbs/tools/fitting.ipynb #2e435dd9
 def _anew(tuner: TunerState, phase: Phase, lower: nn.Module, rows: np.ndarray,
