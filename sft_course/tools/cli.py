@@ -991,7 +991,7 @@ app.command(epilog="Examples: sft-course export leaves/; sft-course export leave
                    "sft-course export leaves/ --int8")(export)
 app.command(epilog='Example: sft-course card leaves/ --intended-use "to sort a herbarium"')(card)
 app.command(epilog="Example: sft-course push leaves/ me/leaves")(push)
-app.command(epilog="Examples: sft-course serve leaves/; sft-course serve leaves/ --port 8080")(serve)
+app.command(epilog="Examples: sft-course serve leaves/; sft-course serve leaves/ --images photos/")(serve)
 
 # %% ../../nbs/tools/cli.ipynb #dd6828d5
 def _chapters() -> dict[str, Path]:
