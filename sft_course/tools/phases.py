@@ -27,11 +27,12 @@ class Phase:
     from in each epoch, 0 for a new view every time; batch_stats: whether batch norms use and update the
     statistics of batches (they must where nothing is pretrained); looks_at: the stages a head sees,
     `"last"`, `"every"`, `"both"` (the mean of two heads), `"either"`, the last unless cross-validation
-    clearly prefers every, or `"auto"`, both where it prefers neither; trial: whether the phases after this one
+    clearly prefers every, or `"auto"`, both where it prefers neither; trial: whether the phases after it
     are left out where it did harm: a validation loss more than a twentieth above that of the weights it
-    began with, and no more validation images right; loss: what is minimised, a name of `LOSSES` or a function of logits
-    (n, classes) and labels (n,) that gives losses (n,) or a (sum, count); sampler: `"shuffle"`, `"balanced"`, or a function of labels (n,) and a generator that
-    gives an epoch's n positions; augment: `"crops"`, `"strong"`, `"plain"`, `"mixup"`, `"cutmix"`, or a
+    began with, and no more validation images right; loss: what is minimised, a name of `LOSSES` or a
+    function of logits (n, classes) and labels (n,) that gives losses (n,) or a (sum, count); sampler:
+    `"shuffle"`, `"balanced"`, or a function of labels (n,) and a generator that gives an epoch's n
+    positions; augment: `"crops"`, `"strong"`, `"plain"`, `"mixup"`, `"cutmix"`, or a
     function of a number of images and a seed that gives views. Functions are held by a name of theirs.
     """
     train: int | str

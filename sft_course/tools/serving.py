@@ -59,7 +59,8 @@ def _pixels_of(data: bytes) -> int:
 def read_upload(data: bytes, limits: Limits, side: int, levels=None) -> np.ndarray:
     "The square uint8 (side, side, 3) of an uploaded image. Raises `SFTError` with one sentence."
     most = min(limits.pixels, Image.MAX_IMAGE_PIXELS or limits.pixels)
-    too_large = SFTError(f"the image has more than {most / 1e6:g} million pixels, the limit; make it smaller.")
+    too_large = SFTError(f"the image has more than {most / 1e6:g} million pixels, the limit; "
+                         "make it smaller.")
     try:
         if _pixels_of(data) > most:
             raise too_large
@@ -84,7 +85,8 @@ def image_predictor(folder: str | Path) -> Predictor:
     else:
         result = load_artifact(folder)
         net = shipped(result, result.temperature or 1.)
-        said = {"side": net.side, "levels": card["preprocessing"].get("levels"), "temperature": net.temperature}
+        said = {"side": net.side, "levels": card["preprocessing"].get("levels"),
+                "temperature": net.temperature}
         engine = "torch"
 
         def run(images):
@@ -522,7 +524,7 @@ async def _uploads(request, predictor: Predictor, limits: Limits) -> tuple[list,
 
 # %% ../../nbs/tools/serving.ipynb #svd8c665
 def make_app(predictor: Predictor, limits: Limits = Limits()):
-    """The FastAPI application: / (a page), /predict, /health, /metrics; /nearest where the predictor has that.
+    """The FastAPI application: / (a page), /predict, /health, /metrics; /nearest where it can.
 
     Raises `SFTError` where the packages of the extra `serve` are missing.
     """

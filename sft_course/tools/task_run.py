@@ -272,7 +272,8 @@ def _judge(net: nn.Module, card: dict, history: list[dict], data: TaskData,
         same = task.constant(data, rows, card)
         metrics["constant"] = task.scores(task.judged(same, targets, card), card)
     known = card.get("metrics", {})  # of the fit, where these are other images
-    counts = {f"n_{part}": known.get(f"n_{part}", int((data.part == part).sum())) for part in ("train", "val")}
+    counts = {f"n_{part}": known.get(f"n_{part}", int((data.part == part).sum()))
+              for part in ("train", "val")}
     card = card | {"metrics": counts | metrics, "problems": [vars(p) for p in data.problems]}
     return card["metrics"], task_report(card, history, data, rows, outputs, quality)
 
