@@ -164,6 +164,7 @@ print(lower_code(stage_features(b)), lower_code(split_at(b, 2)[0]), lower_code(b
 """
 
 
+@pytest.mark.slow
 def test_the_key_is_the_same_in_every_process_and_after_use(monkeypatch):
     monkeypatch.setenv("PYTHONHASHSEED", "5")
     there = subprocess.run([sys.executable, "-c", KEYS], capture_output=True, text=True, check=True).stdout.split()

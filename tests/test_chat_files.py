@@ -191,6 +191,7 @@ def test_a_run_that_has_ended_is_given_back(base, file, tmp_path):
 
 # ---- what is written
 
+@pytest.mark.slow
 def test_plain_transformers_opens_the_folder_in_a_fresh_process(tuned, tmp_path):
     out, result = tuned
     tokens = torch.arange(20)[None]

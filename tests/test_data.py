@@ -279,6 +279,7 @@ def test_close_hashes_finds_exactly_the_pairs_within_reach(seed, reach):
     assert (bits_apart(a, b) == apart.diagonal()).all()
 
 
+@pytest.mark.slow
 def test_hashing_a_hundred_thousand_pictures_is_not_quadratic():
     h = np.random.default_rng(0).integers(0, 1 << 63, 100_000, dtype=np.uint64)
     start = process_time()

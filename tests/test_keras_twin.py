@@ -85,6 +85,7 @@ def test_even_and_odd_sizes_give_the_same_logits(pair, size):
         assert off(twin(x, training=False), net.model.eval()(t)) < 1e-5
 
 
+@pytest.mark.slow
 @needs_keras
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite1", "mobilenetv2_100"])
 def test_relatives_of_lite0_have_twins_whichever_way_they_pad(name):
@@ -188,6 +189,7 @@ def test_an_epoch_ends_where_torch_ends_and_leaves_the_frozen_part_alone(decoded
     assert len(same & trained) < .1 * len(trained), same & trained
 
 
+@pytest.mark.slow
 @needs_keras
 def test_the_best_epoch_is_what_comes_back(decoded):
     start = new_head(open_backbone(), 2, 0)

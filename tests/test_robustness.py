@@ -244,6 +244,7 @@ def test_a_soup_says_what_it_is_made_of(data):
     assert card["average"]["kind"] == "soup" and set(card["average"]["of"]) <= {1., .5, 2.}
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_the_average_along_the_way_is_the_same_bytes(data, tmp_path):
     def run(name, **how):  # without a head of its own, the tuned weights are what is saved
         return fine_tune_average(data, "ema", "lite0", tmp_path / name, phases=RECIPE[1], size=48, **how)

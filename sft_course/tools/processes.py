@@ -105,8 +105,8 @@ def whole_batch(model, total, counted: int) -> tuple[Any, int]:
     numbers = torch.stack([total.detach().float(), total.new_tensor(float(counted)).float()])
     message = torch.cat([*(of(p) for p in learns), numbers])
     with _talking(): dist.all_reduce(message)
-    n = max(int(message[-1]), 1)
-    parts = (message[:-2] / n).split([p.numel() for p in learns])
+    n = int(message[-1])
+    parts = (message[:-2] / max(n, 1)).split([p.numel() for p in learns])
     for p, g in zip(learns, parts):
         if p.grad is None: p.grad = torch.empty_like(p)
         p.grad.copy_(g.view_as(p))  # in the parameter's own order of memory: a fused optimizer relies on it
