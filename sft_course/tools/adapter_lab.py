@@ -37,7 +37,7 @@ from .unfreezing_lab import as_pretrained, features, lab_set, learn_rows, throug
 from .unfreezing_lab import test_pictures
 
 # %% ../../nbs/tools/adapter_lab.ipynb #22501294
-SETS = ("garden", "ants_bees")
+SETS = ("garden", "ants_bees", "hands")
 SEEDS = (0, 1, 2)
 TOP = 6  # stages, as in the default recipe
 
