@@ -64,6 +64,10 @@ test-faults: $(READY) ## bad files, kills, full disks; FAULTS=long tries ten tim
 test-browser: $(READY) ## the widgets, the report and every chapter in Chromium; BROWSER_CHAPTERS=turns: a few chapters by turns; BROWSER_SHOTS=DIR keeps the screenshots
 	$(BIN)/python -m pytest tests/browser
 
+gpu: $(READY) ## where there is an NVIDIA GPU: its tests, and how near a training step comes to a bare one
+	$(BIN)/python -m pytest tests/test_gpu.py tests/test_on_gpu.py -rs
+	$(BIN)/python tests/benchmarks/gpu.py
+
 wheel-check: $(READY) ## build the wheel, install it elsewhere, run the demo there
 	bash tests/wheel_check.sh $(PYTHON)
 
@@ -122,4 +126,4 @@ bench-quick: $(BENCH_READY) ## does every peer run at all: a few images, one epo
 clean: ## take away what was built, but not .venv
 	rm -rf dist build out .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help install demo test test-long test-faults test-browser wheel-check lab export readme links save record lint docs release bench bench-quick clean
+.PHONY: help install demo test test-long test-faults test-browser gpu wheel-check lab export readme links save record lint docs release bench bench-quick clean

@@ -18,14 +18,16 @@ def to_input(pixels: np.ndarray, theta: np.ndarray, size: int, mean, std, device
     """Images as the network sees them: float32 (b, 3, size, size), channels-last, normalised by `mean` and
     `std`.
 
-    pixels: uint8 (b, s, s, 3); theta: float32 (b, 2, 3), a view. Only bytes travel to the device.
+    pixels: uint8 (b, s, s, 3); theta: float32 (b, 2, 3), a view; arrays, or tensors. Only bytes travel to
+    the device.
     """
     import torch
     import torch.nn.functional as F
-    x = torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2).float()
-    grid = F.affine_grid(torch.from_numpy(theta).to(device), [len(x), 3, size, size], align_corners=False)
+    pixels = pixels if isinstance(pixels, torch.Tensor) else np.array(pixels)
+    x = torch.as_tensor(pixels, device=device).permute(0, 3, 1, 2).float()
+    grid = F.affine_grid(torch.as_tensor(theta, device=device), [len(x), 3, size, size], align_corners=False)
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) * 255 for v in (mean, std))
+    mean, std = (torch.as_tensor(v, device=x.device).view(1, 3, 1, 1) * 255 for v in (mean, std))
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/01_data.ipynb #4d1402e2

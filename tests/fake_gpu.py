@@ -1,8 +1,10 @@
 """A stand-in for a GPU on a machine without one: tensors that say they lie on `cuda`, and are computed by the processor.
 
 What a real GPU refuses is refused here: an operation on tensors of two devices, and NumPy's view of a tensor that lies on the GPU. Every
-transfer to the processor (`.item()`, `.cpu()`, a bool of a tensor) is counted, because each makes the processor wait for the GPU.
-What it cannot see: whether a GPU has an operation at all, its speed and memory, streams, and kernels that round otherwise.
+transfer to the processor (`.item()`, `.cpu()`, a bool of a tensor) is counted, because each makes the processor wait for the GPU; so is
+every copy to the GPU that is not from pinned memory, or is waited for.
+What it cannot see: whether a GPU has an operation at all, its speed and memory, streams, and kernels that round otherwise; under autocast it
+stays in float32.
 """
 from collections import Counter
 from contextlib import ExitStack, contextmanager
@@ -66,6 +68,8 @@ def run(func, args, kwargs):
                            + ", ".join(f"{'cuda' if isinstance(a, OnGPU) else 'cpu'} {tuple(a.shape)}" for a in given))
     if called == "aten._local_scalar_dense" or called == "aten._to_copy" and target is not None and not is_gpu(target) and ours:
         waits[called] += 1
+    if called == "aten._to_copy" and is_gpu(target) and not ours and not (kwargs.get("non_blocking") and hasattr(args[0], "pinned")):
+        waits["to the GPU"] += 1
     if called == "aten.copy_" and ours and not isinstance(args[0], OnGPU):
         waits[called] += 1
     there = {k: torch.device("cpu") if k == "device" and is_gpu(v) else v for k, v in kwargs.items()}
@@ -101,8 +105,10 @@ class Made(TorchDispatchMode):
 
 
 def there(index):
-    "An index as a GPU takes it."
+    "An index as a GPU takes it; one that lies elsewhere is copied, and waited for."
     outside = isinstance(index, np.ndarray) or isinstance(index, torch.Tensor) and not isinstance(index, OnGPU)
+    if outside:
+        waits["index"] += 1
     return OnGPU(torch.as_tensor(index)) if outside else index
 
 
@@ -114,6 +120,9 @@ class First(TorchFunctionMode):
         args, kwargs = [first(a) for a in args], {k: first(v) for k, v in (kwargs or {}).items()}
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], OnGPU):  # indices may come from outside
             args = (args[0], pytree.tree_map(there, args[1]), *args[2:])
+        if func is torch.Tensor.pin_memory:
+            args[0].pinned = True
+            return args[0]
         if func is torch.Tensor.tolist and isinstance(args[0], OnGPU):
             return args[0].cpu().tolist()
         if func in (torch.tensor, torch.as_tensor) and is_gpu(kwargs.get("device")):
@@ -127,7 +136,7 @@ class First(TorchFunctionMode):
 def gpu():
     "Inside the block torch finds one GPU."
     fakes = {"_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 1, "get_device_name": lambda *a: "a stand-in",
-             "get_device_capability": lambda *a: (8, 0), "mem_get_info": lambda *a: (16 << 30, 16 << 30), "current_device": lambda: 0,
+             "get_device_capability": lambda *a: (8, 0), "is_bf16_supported": lambda *a: True, "mem_get_info": lambda *a: (16 << 30, 16 << 30), "current_device": lambda: 0,
              "is_initialized": lambda: False, "manual_seed_all": lambda *a: None, "synchronize": lambda *a: None, "get_rng_state": lambda *a: torch.zeros(1, dtype=torch.uint8), "set_rng_state": lambda *a: None,
              "get_rng_state_all": lambda: [], "set_rng_state_all": lambda states: None, "empty_cache": lambda: None}
     waits.clear()

@@ -20,7 +20,11 @@ def test_the_stand_in_refuses_what_a_gpu_refuses():
             a.numpy()
         assert not waits
         assert a.sum().item() == 15 and a.cpu().numpy().shape == (2, 3) and a[np.array([1])].tolist() == [[3., 4., 5.]]
-        assert sum(waits.values()) == 3
+        assert sum(waits.values()) == 4
+        waits.clear()
+        assert isinstance(torch.ones(2).pin_memory().to("cuda", non_blocking=True), OnGPU) and not waits
+        torch.ones(2).pin_memory().to("cuda"), torch.ones(2).to("cuda", non_blocking=True)
+        assert waits == {"to the GPU": 2}
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +53,11 @@ def test_a_run_on_the_gpu_ends_as_one_on_the_processor(images, tmp_path, phases)
 
 @pytest.mark.slow
 def test_a_step_does_not_wait_for_the_gpu(images):
-    def waited(batch_size):
+    def waited(batch_size, views):
         with gpu() as waits:
             tuner = FineTuner(images, "lite0", size=64, settings=load_settings(device="cuda"))
-            tuner.run_phase(Phase(3, epochs=1, batch_size=batch_size, views=0))
-            return sum(waits.values())
-    assert waited(4) == waited(8)
+            tuner.run_phase(Phase(3, epochs=1, batch_size=batch_size, views=views))
+            return dict(waits)
+    for views in (0, 2):
+        waited(4, views)  # what is kept is computed
+        assert waited(4, views) == waited(8, views)

@@ -61,7 +61,8 @@ def _features(network: Backbone, size: int, catalog, rows: np.ndarray, settings:
     place = {f: i for i, f in enumerate(pixels.catalog.files)}
     rows = np.array([place[catalog.files[r]] for r in rows if catalog.files[r] in place])
     device = pick_device(settings)
-    lower = stage_features(network).to(device)
+    network.model.to(device)
+    lower = stage_features(network)
     view = plain_view(len(pixels.catalog), size / side)
 
     def compute():

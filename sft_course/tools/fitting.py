@@ -11,11 +11,13 @@ from typing import Callable
 import numpy as np
 import torch
 from torch import nn
-from .processes import from_first, in_turns, ranks
+from .transfers import DeviceRows, sent
+from .graphs import Replayed, ReplayedGradients, same_each_time
+from .processes import _moved, from_first, in_turns, ranks
 from ..data import to_input
 from ..backbones import Backbone
 from .settings import SFTError
-from .steps import Diverged
+from .steps import Diverged, native_bfloat16
 from ..loop import batches, copy_state, predict_logits, score, Score
 from .training import fit
 from .surgery import fold_for, pictures_at_once, split_at
@@ -66,7 +68,8 @@ class _Seen:
         lower = fold_for(stage_features(tuner.backbone), tuner.size)
         self.views = [_features(tuner, lower, view) for view in (0, 1)]
         self.last = lower.last  # the columns of the last stage
-        self.labels = tuner.labels
+        few = len(tuner.labels) <= 1500  # many small operations: a GPU would take longer
+        self.labels = tuner.labels.cpu() if few else tuner.labels
         self.classes = len(tuner.catalog.classes)
 
     def choice(self, rows: np.ndarray, seed: int) -> HeadChoice:
@@ -114,7 +117,7 @@ def _fit_head(tuner: TunerState, phase: Phase) -> dict:
         tuner.note(f"neither cache_gigabytes = {tuner.settings.cache_gigabytes} nor memory has room for what "
                    f"the head sees; it is computed anew whenever it is needed, which takes long")
     solved = from_first(lambda: _solve_heads(tuner, phase, seen), tuner.device)
-    on_last, returned, (train, val, test), every = solved
+    on_last, returned, (train, val, test), every = _moved(solved, tuner.device)
     _set_head(tuner.backbone, on_last)
     tuner.start = copy_state(tuner.backbone.model)
     tuner.head = Head(val, tuner.labels[tuner.val], tuner.start, every, *returned, test)
@@ -143,18 +146,27 @@ def _fits(tuner: TunerState, lower: nn.Module, images: int) -> bool:
 # %% ../../nbs/tools/fitting.ipynb #e36ecab0
 Source = Callable[[int], Callable[[np.ndarray], torch.Tensor]]
 
+def _of_views(kept: list[DeviceRows], which: np.ndarray, at: np.ndarray) -> torch.Tensor:
+    "Row at[i] of kept[which[i]], by one indexing call for each view that is asked for."
+    views = np.unique(which)
+    parts = [kept[view][at[which == view]] for view in views]
+    if len(parts) == 1:
+        return parts[0]
+    place = np.argsort(np.argsort(which, kind="stable"), kind="stable")
+    return torch.cat(parts)[sent(place, parts[0].device)]
+
 def _from_cache(tuner: TunerState, phase: Phase, lower: nn.Module, rows: np.ndarray,
                 fixed: tuple[int, ...]) -> Source:
     "Batches of activations that are computed once for every view."
     numbers = fixed or range(phase.views)
-    kept = [_kept(tuner, phase, lower, rows, number, len(numbers)) for number in numbers]
+    kept = [DeviceRows(_kept(tuner, phase, lower, rows, number, len(numbers)), tuner.device,
+                       .25 / len(numbers)) for number in numbers]
 
     def inputs(epoch):
         which = _drawn(tuner, phase, epoch, len(rows), fixed)
 
         def batch(at):
-            found = np.stack([kept[view][i] for view, i in zip(which[at], at)])
-            return torch.from_numpy(found).to(tuner.device).float()
+            return _of_views(kept, which[at], at).float()
         return batch
     return inputs
 
@@ -188,15 +200,20 @@ def _as_kept(x: torch.Tensor) -> torch.Tensor:
 def _anew(tuner: TunerState, phase: Phase, lower: nn.Module, rows: np.ndarray,
           fixed: tuple[int, ...]) -> Source:
     "Batches that the frozen stages, where there are any, compute anew."
-    b = tuner.backbone
+    b, device = tuner.backbone, tuner.device
+    mean, std = (torch.tensor(v, device=device) for v in (b.mean, b.std))
+
+    def through(pixels, theta):
+        return lower(to_input(pixels, theta, tuner.size, mean, std, device))
+    play = Replayed(through)
 
     def inputs(epoch):
         theta = _views(tuner, phase, epoch, rows, fixed)
 
         def batch(at):
-            pixels = tuner.pixels.pixels[rows[at]]
+            pixels = tuner.rows_of_pixels[rows[at]]
             with torch.no_grad():
-                x = lower(to_input(pixels, theta[at], tuner.size, b.mean, b.std, tuner.device))
+                x = play(pixels, sent(theta[at], device))
             return x if isinstance(lower, nn.Identity) else _as_kept(x)
         return batch
     return inputs
@@ -303,7 +320,7 @@ def _epochs(tuner: TunerState, phase: Phase, stage: int, upper: nn.Module, sourc
             objective: Objective, evaluate: Callable, resume: bool, run: dict) -> None:
     "The epochs of a phase."
     loss, mixer = objective
-    b, labels = tuner.backbone, tuner.labels[tuner.train]
+    b, labels = tuner.backbone, DeviceRows(tuner.labels[tuner.train], tuner.device)
     epochs, steps = phase.epochs or 6, len(batches(len(labels), phase.batch_size))
     groups = param_groups(b, stage, phase.lr, phase.depth_decay, phase.weight_decay)
     rate = schedule(phase.schedule, epochs * steps, phase.warmup)
@@ -325,6 +342,7 @@ def _epochs(tuner: TunerState, phase: Phase, stage: int, upper: nn.Module, sourc
     fitted = fit(b.model, (inputs, labels), evaluate, optimizer, epochs, rate, part=upper, before=before,
         watch=watch, batch_size=phase.batch_size, seed=tuner.seed,
         label_smoothing=phase.label_smoothing, micro=_micro(tuner, phase), loss=loss,
+        precision=_precision(tuner), whole=_replayed(tuner, phase, stage, upper, loss),
         order=_order(tuner, phase),
         checkpoint=tuner.out and tuner.out / "last.ckpt", resume=resume, also=run, title=tuner.title)
     tuner.in_vain = _in_vain(phase, fitted.history, begun)
@@ -340,3 +358,18 @@ def _micro(tuner: TunerState, phase: Phase) -> int | None:
     is the same."""
     slow = tuner.device.type == "cpu" and tuner.size >= 128
     return 16 if slow and not phase.batch_stats else None
+
+# %% ../../nbs/tools/fitting.ipynb #b9fe2f44
+def _precision(tuner: TunerState) -> torch.dtype | None:
+    """Of autocast: bfloat16 on a GPU that computes in it natively. Processors that do gain little by it, or
+    lose (chapter 20), and keep float32."""
+    return native_bfloat16(tuner.device) if tuner.device.type == "cuda" else None
+
+# %% ../../nbs/tools/fitting.ipynb #72bd9fa2
+def _replayed(tuner: TunerState, phase: Phase, stage: int, upper: nn.Module,
+              loss: Callable | None) -> ReplayedGradients | None:
+    "On a GPU, a step that is recorded once; None where it is not the same work each time."
+    training_mode(tuner.backbone, stage, phase.batch_stats)
+    if tuner.device.type != "cuda" or loss or not same_each_time(upper):
+        return None
+    return ReplayedGradients(upper, phase.label_smoothing, _precision(tuner))

@@ -18,7 +18,7 @@ from .settings import SFTError
 from .torch_state import seeded
 from .processes import agreed, is_first
 from .checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
-from .steps import Diverged, epoch_sums
+from .steps import Diverged, epoch_sums, RowsAtATime
 from sft_course.loop import (
     batches, best_epoch, copy_state, epoch_seed, out_of_patience, predict_logits, score, Score,
 )
@@ -146,6 +146,7 @@ def fit(model: nn.Module, train: tuple, held: tuple | Callable[[nn.Module], Scor
     """
     if epochs < 1: raise SFTError(f"fit: epochs = {epochs}; use 1 or more.")
     file, judged = checkpoint and Path(checkpoint), model if average is None else average.module
+    how["micro"] = RowsAtATime(how.get("micro"))  # remembered from epoch to epoch
     plan = {"seed": seed, "batch_size": batch_size, "pictures": len(train[1])}
     history, best, done = _resume(file if resume else None, model, optimizer, average, plan)
     for row in history if watch else (): watch(row)

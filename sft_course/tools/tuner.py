@@ -6,7 +6,7 @@
 __all__ = ['TunerState']
 
 # %% ../../nbs/tools/tuner.ipynb #01047daa
-import copy, time, warnings
+import copy, functools, time, warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable
@@ -17,6 +17,7 @@ from .settings import expanded, load_settings, Settings, SFTError
 from .processes import first_here, is_first
 from .torch_state import own_torch_state, pick_device
 from .budget import require_memory
+from .transfers import DeviceRows
 from .catalog import Catalog, printable, require_test
 from .given import open_data
 from .pixels import decode_once
@@ -140,6 +141,11 @@ class TunerState:
             self.tell(f"{len(copies)} images lie in two parts, so the accuracy is too high; "
                       f"the first: {copies[0].message}")
         return replace(catalog, problems=catalog.problems + copies)
+
+    @functools.cached_property
+    def rows_of_pixels(self) -> DeviceRows:
+        "All decoded images, to be asked for by rows, on the device."
+        return DeviceRows(self.pixels.pixels, self.device)
 
     def view(self, number: int, augment: str = "crops") -> np.ndarray:
         "View 0 is plain, 1 its mirror image; from 2 on they are drawn as a phase's `augment` says."
