@@ -48,12 +48,13 @@ install: $(READY) ## make .venv and install the course into it
 demo: $(LIBRARY) ## draw Blooms, fine-tune on them, compare with training from scratch
 	$(BIN)/sft-course demo --out out/demo
 
-test: $(READY) ## exports and README in sync, every notebook, pytest
+test: $(READY) ## exports and README in sync, every chapter, the tools and the slow tests by turns, pytest
 	$(BIN)/python -m pytest tests/test_sync.py
-	$(ONE_THREAD) SFT_STRICT=1 $(BIN)/nbdev-test --n-workers 2 --timing nbs
+	$(ONE_THREAD) SFT_STRICT=1 $(BIN)/nbdev-test --n-workers 2 --timing --file-re "$$($(BIN)/python tests/turns.py)" nbs
 	$(ONE_THREAD) TURNS=1 $(BIN)/python -m pytest tests --ignore tests/test_sync.py --ignore tests/test_docs.py --numprocesses 2 --dist loadfile
 
-test-long: $(READY) ## what `make test` leaves out: the other chapters on photographs, ten times the faults, every chapter in Chromium
+test-long: $(READY) ## what `make test` leaves out: every notebook, the other chapters on photographs, ten times the faults, every chapter in Chromium
+	$(ONE_THREAD) SFT_STRICT=1 $(BIN)/nbdev-test --n-workers 2 --timing nbs
 	$(BIN)/python -m pytest tests -m "long or slow"
 	FAULTS=long $(BIN)/python -m pytest tests/faults
 	$(BIN)/python -m pytest tests/browser

@@ -1,5 +1,7 @@
 "A few of many tests at a time, and all of them after some commits."
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import turns
@@ -29,3 +31,16 @@ def test_without_git_there_is_a_turn_too(monkeypatch):
     monkeypatch.setattr(subprocess, "run", missing)
     assert len(turns.commit()) == 64
     assert turns.by_turns("abc", 1) == turns.by_turns("abc", 1)
+
+
+def test_every_chapter_runs_and_every_tool_has_its_turn(monkeypatch):
+    top = Path(turns.__file__).parent.parent / "nbs"
+    chapters, tools = ({path.name for path in folder.glob("*.ipynb")} for folder in (top, top / "tools"))
+    assert not chapters & tools and len(tools) > 20
+    seen = set()
+    for name in "0123456789":
+        monkeypatch.setattr(turns, "commit", lambda name=name: name)
+        now = {name for name in chapters | tools if re.search(turns.notebooks(), name)}
+        assert chapters <= now and len(now - chapters) <= len(tools) / 2 + 1
+        seen |= now
+    assert seen == chapters | tools

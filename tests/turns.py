@@ -27,3 +27,14 @@ def by_turns(items: Sequence[Item], few: int, key: str | None = None) -> list[It
     groups = max(1, -(-len(items) // few))
     digest = hashlib.sha256((commit() if key is None else key).encode()).digest()
     return list(items[int.from_bytes(digest[:8], "big") % groups::groups])
+
+
+def notebooks() -> str:
+    "A regular expression for `nbdev-test --file-re`: every chapter, and half of the tools by turns."
+    top = Path(__file__).resolve().parent.parent / "nbs"
+    chapters, tools = (sorted(path.stem for path in folder.glob("*.ipynb")) for folder in (top, top / "tools"))
+    return rf"^({'|'.join(chapters + by_turns(tools, -(-len(tools) // 2)))})\.ipynb$"
+
+
+if __name__ == "__main__":
+    print(notebooks())
