@@ -76,7 +76,7 @@ def choose_thresholds(probabilities: torch.Tensor, targets: torch.Tensor) -> tor
     _same_shape(probabilities, targets)
     p, order = probabilities.double().sort(0, descending=True)
     hit, n = targets.double().gather(0, order), len(p)
-    score = 2 * hit.cumsum(0) / (torch.arange(1, n + 1)[:, None] + hit.sum(0))
+    score = 2 * hit.cumsum(0) / (torch.arange(1, n + 1, device=p.device)[:, None] + hit.sum(0))
     below = torch.cat([p[1:], torch.full_like(p[:1], -1e-9)])
     score[p == below] = -1  # no threshold lies between equals
     best = score.argmax(0, keepdim=True)

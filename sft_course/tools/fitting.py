@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from .transfers import DeviceRows, sent
 from .graphs import Replayed, ReplayedGradients, same_each_time
-from .processes import _moved, from_first, in_turns, ranks
+from .processes import from_first, in_turns, ranks
 from ..data import to_input
 from ..backbones import Backbone
 from .settings import SFTError
@@ -68,8 +68,7 @@ class _Seen:
         lower = fold_for(stage_features(tuner.backbone), tuner.size)
         self.views = [_features(tuner, lower, view) for view in (0, 1)]
         self.last = lower.last  # the columns of the last stage
-        few = len(tuner.labels) <= 1500  # many small operations: a GPU would take longer
-        self.labels = tuner.labels.cpu() if few else tuner.labels
+        self.labels = tuner.labels
         self.classes = len(tuner.catalog.classes)
 
     def choice(self, rows: np.ndarray, seed: int) -> HeadChoice:
@@ -117,7 +116,7 @@ def _fit_head(tuner: TunerState, phase: Phase) -> dict:
         tuner.note(f"neither cache_gigabytes = {tuner.settings.cache_gigabytes} nor memory has room for what "
                    f"the head sees; it is computed anew whenever it is needed, which takes long")
     solved = from_first(lambda: _solve_heads(tuner, phase, seen), tuner.device)
-    on_last, returned, (train, val, test), every = _moved(solved, tuner.device)
+    on_last, returned, (train, val, test), every = solved
     _set_head(tuner.backbone, on_last)
     tuner.start = copy_state(tuner.backbone.model)
     tuner.head = Head(val, tuner.labels[tuner.val], tuner.start, every, *returned, test)
@@ -202,6 +201,7 @@ def _anew(tuner: TunerState, phase: Phase, lower: nn.Module, rows: np.ndarray,
     "Batches that the frozen stages, where there are any, compute anew."
     b, device = tuner.backbone, tuner.device
     mean, std = (torch.tensor(v, device=device) for v in (b.mean, b.std))
+    pixels_of = tuner.rows_of_pixels
 
     def through(pixels, theta):
         return lower(to_input(pixels, theta, tuner.size, mean, std, device))
@@ -211,9 +211,8 @@ def _anew(tuner: TunerState, phase: Phase, lower: nn.Module, rows: np.ndarray,
         theta = _views(tuner, phase, epoch, rows, fixed)
 
         def batch(at):
-            pixels = tuner.rows_of_pixels[rows[at]]
             with torch.no_grad():
-                x = play(pixels, sent(theta[at], device))
+                x = play(pixels_of[rows[at]], sent(theta[at], device))
             return x if isinstance(lower, nn.Identity) else _as_kept(x)
         return batch
     return inputs

@@ -33,11 +33,10 @@ class Replayed:
         return out
 
     def _record(self, shapes: tuple, tensors: tuple) -> bool:
-        "Whether it could be recorded; memory that is too short is the caller's business."
+        "Whether it could be recorded."
         if len(self.recorded) == self.most: return False
         try: self.recorded[shapes] = _recording(self.work, [t.clone() for t in tensors])
-        except torch.OutOfMemoryError: raise
-        except Exception: self.refused = True  # what a graph cannot hold, or no graphs on this device
+        except Exception: self.refused = True  # what a graph cannot hold, or too little memory for one
         return not self.refused
 
 def _recording(work: Callable[..., Any], given: list[torch.Tensor]) -> tuple:

@@ -30,7 +30,7 @@ def synchronised():
 
 def bare(name, size, batch, precision, steps=30, repeats=3):
     "Images a second of the step without anything around it."
-    net = new_head(open_backbone(name, None if name == "lite0" else "random"), 6, 0)
+    net = new_head(open_backbone(name, "pretrained" if name == "lite0" else None), 6, 0)
     net.model.to("cuda")
     stage = first_trainable(net, TRAIN)
     freeze_below(net, stage)
@@ -88,7 +88,7 @@ def main():
     short = []
     for name, size, batch in GRID:
         floats, halves = bare(name, size, batch, None), bare(name, size, batch, kind)
-        net = open_backbone(name, None if name == "lite0" else "random")
+        net = open_backbone(name, "pretrained" if name == "lite0" else None)
         tuner = FineTuner(open_dataset(load_settings()), net, size=size, settings=load_settings(device="cuda"))
         whole = ours(tuner, batch)
         kept = ours(tuner, batch, train=min(6, len(net.stages) - 2), views=2)
