@@ -6,7 +6,6 @@
 __all__ = ['Difference', 'paired_difference', 'holm', 'pull_to_start', 'TailAverage', 'SAM']
 
 # %% ../nbs/11_objective.ipynb #dd6a8150
-import math
 from dataclasses import dataclass
 from typing import Callable, Sequence
 import numpy as np

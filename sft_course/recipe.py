@@ -21,8 +21,8 @@ from .tools.engine import FineTuner
 def default_phases(settings: Settings, *, train: int | str | None = None, epochs: int | None = None,
                    lr: float | None = None, batch_size: int | None = None) -> tuple[Phase, ...]:
     """The best head on frozen features; then the upper six stages from there in small batches, first for two
-    epochs as a trial, and where it helps for six more, twelve in the full profile. What is given changes the
-    tuning, which is then one phase without a trial; with `train="head"` there is none."""
+    epochs as a trial, and unless it did harm for six more, twelve in the full profile. What is given changes
+    the tuning, which is then one phase without a trial; with `train="head"` there is none."""
     given = {k: v for k, v in {"epochs": epochs, "lr": lr, "batch_size": batch_size}.items() if v is not None}
     if train == "head" and given:
         raise SFTError(f"train = 'head': only the head is fitted, so {' and '.join(given)} would change "

@@ -10,7 +10,7 @@ __all__ = ['hold_out', 'text_head', 'linear', 'layer_groups', 'new_upper', 'tune
 import copy, warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,12 @@ from torch import nn
 from .tools.settings import load_settings, SFTError
 from .tools.training import fit
 from .tools.heads import fit_head
-from .loop import batches, copy_state, predict_logits
+from .loop import batches
 from .schedules import schedule
 from .tools.sentences import Encoder, open_encoder, text_problems, Texts
 from .tools.hidden_states import (
-    length_batches, mean_states, normalised, pooled_layers, Ragged, states_below, token_ids, UpperLayers)
-from .tools.sequence_classifiers import save_classifier, sequence_classifier
+    normalised, pooled_layers, Ragged, states_below, token_ids, UpperLayers)
+from .tools.sequence_classifiers import save_classifier
 
 # %% ../nbs/18_text.ipynb #7fdc1605
 def hold_out(labels: torch.Tensor, share: float = .2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

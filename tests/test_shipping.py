@@ -378,7 +378,9 @@ def test_known_images_of_a_folder(tmp_path):
     found = known.nearest(squares(2, 74), k=9)
     assert [len(f) for f in found] == [4, 4] and all(Image.open(io.BytesIO(n["image"])).size == (112, 112) for n in found[0])
     out = result.save(tmp_path / "m")
-    assert serving.open_predictor(out, tmp_path / "data").about["known_images"] == 6
+    with patch.object(serving, "load_artifact", wraps=serving.load_artifact) as opened:
+        assert serving.open_predictor(out, tmp_path / "data").about["known_images"] == 6
+    assert opened.call_count == 1  # hashing and building the network takes a while
     with pytest.raises(SFTError, match="nowhere"):
         serving.open_predictor(out, tmp_path / "nowhere")
     with patch.object(serving, "is_text_model", lambda folder: True), pytest.raises(SFTError, match="leave --images out"):

@@ -162,3 +162,9 @@ def test_everything_is_written_for_the_oldest_python_that_is_promised():
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--target-version", f"py3{oldest}", "--select", "E9", "sft_course", "tests"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_no_module_imports_what_it_does_not_use():
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F401", "sft_course"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -6,8 +6,9 @@ import pytest
 
 import sft_course.tools.training as training
 from sft_course.tools.descriptions import draw_descriptions
+from sft_course.tools.sentences import holds_texts
 from sft_course.tools.settings import SFTError
-from sft_course.tools.text_files import fit_text_file, holds_texts, is_text_model, label_column, predict_texts
+from sft_course.tools.text_files import fit_text_file, is_text_model, label_column, predict_texts
 
 
 @pytest.fixture(scope="module")

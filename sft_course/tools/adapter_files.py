@@ -9,7 +9,7 @@ __all__ = ['own_names', 'base_key', 'save_adapter', 'read_adapter', 'load_adapte
 import copy, hashlib, json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Sequence
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from .settings import expanded, SFTError
 from .files import whole_file
 from ..backbones import Backbone
-from ..adapters import _within, Adapter, adapter_of, add_lora, kin_layers, moving, train_only
+from ..adapters import _within, Adapter, adapter_of, add_lora, moving, train_only
 
 # %% ../../nbs/tools/adapter_files.ipynb #c0ec5330
 def own_names(model: nn.Module, adapter: Adapter) -> list[str]:

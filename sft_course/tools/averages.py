@@ -99,7 +99,7 @@ def ema(tuner: TunerState, seen: dict, other: Callable[[], FineTuner], phases: t
         with _followed(again) as seen:
             for p in phases: again.run_phase(p)
     average = _candidate(tuner, copy_state(seen["average"].module))
-    taken = _rank(average) >= _rank(_candidate(tuner, tuner.tuned.state))
+    taken = _rank(average) >= _rank(tuner.tuned)
     if taken: tuner.tuned = average
     tuner.average = {"kind": "ema", "decay": DECAY, "taken": taken}
 

@@ -16,7 +16,6 @@ __all__ = ['SPECIES', 'VERSION', 'STEPS', 'ALONG', 'ACROSS', 'GREENS', 'HUES', '
 # %% ../../nbs/tools/blooms.ipynb #8dcb90a0
 import csv
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace

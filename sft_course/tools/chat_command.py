@@ -9,7 +9,7 @@ __all__ = ['ChatFolder', 'Longest', 'answer_turn', 'talk', 'chat', 'check_chats'
 # %% ../../nbs/tools/chat_command.ipynb #71721e82
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Callable, Iterable, Optional
+from typing import Annotated, Any, Callable, Iterable
 import typer
 from .settings import load_settings, SFTError
 from .terminal import progress, typed_path

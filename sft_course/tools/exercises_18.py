@@ -6,7 +6,7 @@
 __all__ = ['check']
 
 # %% ../../nbs/tools/exercises_18.ipynb #a0213a64
-from typing import Any, Callable
+from typing import Callable
 import numpy as np
 import torch
 from .exercises import check, Exercise, EXERCISES

@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'PETALS', 'PLACES', 'LABELS', 'colour_of', 'flower_targets']
 
 # %% ../../nbs/tools/flower_targets.ipynb #39d9ac7b
-import csv, os
+import csv
 from pathlib import Path
 import numpy as np
 from .files import whole_file

@@ -10,7 +10,6 @@ import os, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
-import torch
 from .settings import load_settings, SFTError
 from .records import recorded
 from .datasets import open_dataset

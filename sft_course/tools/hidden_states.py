@@ -11,7 +11,7 @@ import hashlib, warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Iterator, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F

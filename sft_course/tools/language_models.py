@@ -6,7 +6,7 @@
 __all__ = ['bundled_file', 'quiet_transformers', 'language_folder', 'open_language_model', 'split_layers', 'answer_spans']
 
 # %% ../../nbs/tools/language_models.ipynb #d3862111
-import contextlib, copy, hashlib, importlib.util, logging
+import contextlib, copy, hashlib, importlib.util
 from pathlib import Path
 import torch
 from torch import nn

@@ -13,7 +13,7 @@ import torch
 from .settings import SFTError
 from .torch_state import seeded
 from .masks import bloom_masks, Masks, read_masks, tiles
-from .segmenters import mask_inputs, mask_logits, open_segmenter, skip_maps, Upper, Segmenter
+from .segmenters import mask_inputs, mask_logits, open_segmenter, skip_maps, Segmenter
 from ..segmentation import confusions, dice_loss, fit_masks, fit_pixel_head, iou, mask_loss
 
 # %% ../../nbs/tools/mask_lab.ipynb #84bfe71e

@@ -6,11 +6,7 @@
 __all__ = ['SETS', 'RULES', 'batch_run']
 
 # %% ../../nbs/tools/scale_lab.ipynb #d1574fe0
-import json, os, subprocess, sys, tempfile
-from pathlib import Path
-import pandas as pd
-from .settings import load_settings, SFTError
-from .records import recorded
+from .settings import load_settings
 from .intake import scan
 from .phases import Phase
 from .engine import FineTuner

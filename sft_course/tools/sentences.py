@@ -11,7 +11,7 @@ import csv, hashlib, importlib.util, io, json, re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator
 from .settings import expanded, SFTError
 from .files import card_of
 from .catalog import Problem

@@ -8,7 +8,7 @@ __all__ = ['FAR', 'NEAR', 'mean_layer', 'sequence_classifier', 'save_classifier'
 # %% ../../nbs/tools/sequence_classifiers.ipynb #f3b2f55e
 import copy
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Sequence
 import torch
 from torch import nn
 from .files import _whole_folder

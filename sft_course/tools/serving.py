@@ -20,6 +20,7 @@ from .extras import require_extra
 from .folders import add_formats, FORMATS as IMAGE_FORMATS
 from .decoding import read_picture, why_unreadable
 from .artifact import load_artifact, read_card
+from .predict import Result
 from .sentences import is_text_model, _no_bars
 from ..shipping import Batcher, Busy, shipped
 from .exporting import open_onnx
@@ -75,15 +76,15 @@ def read_upload(data: bytes, limits: Limits, side: int, levels=None) -> np.ndarr
         ) from None
 
 # %% ../../nbs/tools/serving.ipynb #sv8042b1
-def image_predictor(folder: str | Path) -> Predictor:
-    "The image classifier in an artifact's folder."
+def image_predictor(folder: str | Path, result: Result | None = None) -> Predictor:
+    "The image classifier in an artifact's folder; `result`: the same, where it has been opened already."
     folder = expanded(folder)
     card, file = read_card(folder), folder / "model.onnx"
     opened = open_onnx(file) if file.is_file() else None
     if opened and opened.about.get("sha256") == card["sha256"]:
         said, run, engine = opened.about, opened.run, "ONNX Runtime"
     else:
-        result = load_artifact(folder)
+        result = load_artifact(folder) if result is None else result
         net = shipped(result, result.temperature or 1.)
         said = {"side": net.side, "levels": card["preprocessing"].get("levels"),
                 "temperature": net.temperature}
@@ -148,13 +149,15 @@ def open_predictor(folder: str | Path, images: str | Path | None = None) -> Pred
         if images:
             raise SFTError(f"{folder}: this is a model of texts, which no image is near; leave --images out.")
         return text_predictor(folder)
-    predictor = image_predictor(folder)
-    return with_nearest(predictor, folder, images) if images else predictor
+    if not images:
+        return image_predictor(folder)
+    result = load_artifact(folder)
+    return with_nearest(image_predictor(folder, result), result, images)
 
 
-def with_nearest(predictor: Predictor, folder: str | Path, images: str | Path) -> Predictor:
-    "The same predictor, which also finds the labelled images that are most like an upload."
-    known = known_images(load_artifact(folder), images, cache_dir=load_settings().cache_dir)
+def with_nearest(predictor: Predictor, result: Result, images: str | Path) -> Predictor:
+    "The same predictor of `result`, which also finds the labelled images that are most like an upload."
+    known = known_images(result, images, cache_dir=load_settings().cache_dir)
     about = predictor.about | {"known_images": len(known)}
     return replace(predictor, about=about, nearest=lambda items: known.nearest(np.stack(items)))
 

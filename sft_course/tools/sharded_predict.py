@@ -10,11 +10,11 @@ __all__ = ['KINDS', 'COLUMNS', 'part_name', 'write_shard', 'Shards', 'predict_sh
 import hashlib, json, os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Iterable, Sequence
 from .settings import SFTError
 from .extras import require_extra
 from .files import plain_frame, whole_file
-from .processes import from_first, in_turns, is_first, ranks
+from .processes import from_first, in_turns, ranks
 from .activations import weights_key
 from .predict import Prediction, Result, _items
 from .artifact import load_artifact

@@ -293,7 +293,7 @@ def line_run(data: str, seed: int, pair: str, refreshed: bool, weight: float) ->
 # %% ../../nbs/tools/shift_lab.ipynb #c0b0bed0
 CODE = (images_of, draw_parts, test_images, shifted_images, _entering, shift_bench, fitted_head, Way,
         train_way, said, corrupt, *(f for f, _ in CORRUPTIONS.values()), average_states, interpolate)
-DATA = ("garden", "ants_bees")
+DATA = ("garden", "ants_bees", "hands")
 
 def wise_runs(data: tuple[str, ...] = DATA) -> pd.DataFrame:
     "The recorded curves: set × seed × domain × mixing weight."

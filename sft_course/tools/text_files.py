@@ -16,7 +16,7 @@ from .settings import expanded, SFTError
 from .files import whole_file
 from .resume import claimed
 from .sentences import (
-    _no_bars, holds_texts, is_text_model, label_column, read_texts, text_problems, Texts)
+    _no_bars, is_text_model, label_column, read_texts, text_problems, Texts)
 from .sequence_classifiers import sequence_classifier
 from ..text import fit_texts, TextResult
 
