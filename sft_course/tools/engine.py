@@ -186,7 +186,7 @@ def _forward_passes(tuner: TunerState, phase: Phase, share: np.ndarray) -> float
         return 2 * len(tuner.catalog)
     stage, epochs = first_trainable(tuner.backbone, phase.train), phase.epochs or 6
     lower, train, val = share[:stage].sum(), len(tuner.train), len(tuner.val)
-    below = phase.views * train + 2 * val if phase.views else epochs * (train + 2 * val)
+    below = (phase.views or epochs) * train + 2 * val
     return lower * below + (1 - lower) * epochs * (3 * train + 2 * val)
 
 # %% ../../nbs/tools/engine.ipynb #0a7586a3

@@ -227,7 +227,7 @@ def _source(tuner: TunerState, phase: Phase, lower: nn.Module, rows: np.ndarray,
     """
     images = len(rows) * len(fixed or range(phase.views))
     frozen = not isinstance(lower, nn.Identity)
-    if phase.views and frozen and _fits(tuner, lower, images):
+    if (phase.views or fixed) and frozen and _fits(tuner, lower, images):
         return _from_cache(tuner, phase, lower, rows, fixed)
     return _anew(tuner, phase, lower, rows, fixed)
 
