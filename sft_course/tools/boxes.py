@@ -246,7 +246,8 @@ def read_coco(file: str | Path, root: str | Path | None = None,
     file, problems, crowds = Path(file), [], Counter()
     root, data = Path(root or file.parent), _json_of(file)
     named = _category_names(file.name, data, problems)
-    try: images = {i["id"]: _Image(_found_in(root, str(i["file_name"]), places), f"{file.name}, image {i['id']}",
+    try: images = {i["id"]: _Image(_found_in(root, str(i["file_name"]), places),
+                                   f"{file.name}, image {i['id']}",
                                    (i["width"], i["height"]) if {"width", "height"} <= set(i) else None,
                                    [], [])
                    for i in data["images"]}

@@ -189,11 +189,6 @@ def _values_in(folder: Path, listed: Mapping[str, str]) -> set[int]:
         except SFTError: pass  # `read_masks` names it
     return found
 
-def _class_names(values: Iterable[int]) -> dict[int, str]:
-    "{value: name}; a colour is named as in HTML."
-    found = class_values(sorted(values))
-    return {v: name if v < 256 else f"#{v:06x}" for v, name in found.items()}
-
 def _side(folders: Iterable[Path], size: int | None) -> int | None:
     "Pixels to resize images to, or None where they stay as they are."
     if size is not None: return size
@@ -216,7 +211,7 @@ def _mask_data(root: Path, size: int | None, seed: int, whole: bool, names: Sequ
     listed = _listed_classes(root, *folders.values())
     learned = [f for part, f in folders.items() if part in ("train", "")] or list(folders.values())
     given = _listed_parts(root, "Segmentation")
-    classes = listed or _class_names(set().union(*(_values_in(folder, given) for folder in learned)))
+    classes = listed or class_values(set().union(*(_values_in(folder, given) for folder in learned)))
     if names is not None: classes = _as_learned(root, classes, names)
     side = _side(folders.values(), size) if native is None else (None if native else size or MASK_SIZE)
     sets = {part: read_masks(folder, classes, side) for part, folder in folders.items()}
@@ -281,7 +276,7 @@ def _box_sets(root: Path) -> dict[str, tuple[BoxCatalog, str]]:
     return {p: (read_boxes(d), f"{d.name}/") for p, d in parts.items()} or {"": (read_boxes(root), "")}
 
 def _places(root: Path, part: str, file: Path) -> list[str]:
-    "Where the images of a part may lie: in `val2017/`, `images/val2017/`, `val/` …, else in one folder for all."
+    "Where images of a part may lie: in `val2017/`, `images/val2017/`, `val/` …, else in a folder for all."
     names = [file.stem.removeprefix("instances_")]
     for folder in filter(Path.is_dir, (root, root / "images")):
         names += [d.name for p, d in part_folders(folder).items() if p == part]

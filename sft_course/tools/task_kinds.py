@@ -95,7 +95,7 @@ def coco_files(root: str | Path) -> dict[str, Path]:
 
     Raises `SFTError` where the names do not say which is for what."""
     for folder in (Path(root) / "annotations", Path(root)):
-        files = sorted(folder.glob("instances_*.json")) or list(filter(_is_coco, sorted(folder.glob("*.json"))))
+        files = sorted(folder.glob("instances_*.json")) or sorted(filter(_is_coco, folder.glob("*.json")))
         if len(files) > (folder == Path(root)): return _by_part(files)
     return {}
 
