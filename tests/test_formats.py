@@ -159,7 +159,8 @@ def test_a_format_is_fitted_and_the_artifact_answers(name, cli, tmp_path, flower
     card = json.loads((model / "card.json").read_text(encoding="utf-8"))
     assert card.get("task", "class") == task and card["classes" if task == "class" else "names"] == names
     report = (model / "report.html").read_text(encoding="utf-8")
-    assert report.startswith("<!doctype html>") and "data:image/" in report and all(n in report for n in names)
+    assert report.startswith("<!doctype html>") and all(n in report for n in names)
+    assert task == "class" or report.count("data:image/") >= 3  # with classes, only mistakes are shown
     image = next((tmp_path / "data").rglob("3.png"))
     said = json.loads(ended(cli("predict", "model", image, "--json", cwd=tmp_path)).stdout.splitlines()[-1])
     assert said["n"] == 1 and not said["skipped"]
@@ -169,15 +170,20 @@ def test_a_format_is_fitted_and_the_artifact_answers(name, cli, tmp_path, flower
 
 
 @pytest.mark.long
-def test_raccoons_end_with_one_network_whether_coco_or_voc(cli, tmp_path):
+def test_raccoons_are_fitted_as_coco_and_as_voc(cli, tmp_path):
     if not RACCOONS.is_dir():
         pytest.skip("the photographs are not here")
     cards = []
     for kept, gone in (("coco.json", "voc"), ("voc", "coco.json")):
-        data = tmp_path / kept.partition(".")[0]
+        data, model = tmp_path / kept.partition(".")[0], tmp_path / f"of-{kept[:3]}"
         shutil.copytree(RACCOONS, data, ignore=shutil.ignore_patterns(gone))
-        ended(cli("fit", data, "--image-size", 96, "--epochs", 1, "--out", f"of-{data.name}", cwd=tmp_path, timeout=600))
-        cards.append(json.loads((tmp_path / f"of-{data.name}" / "card.json").read_text(encoding="utf-8")))
-        ended(cli("predict", f"of-{data.name}", data / "test" / "images", "--csv", f"{data.name}.csv", cwd=tmp_path))
-    assert cards[0]["data"] == cards[1]["data"] and cards[0]["sha256"] == cards[1]["sha256"]
-    assert cards[0]["metrics"] == cards[1]["metrics"] and cards[0]["names"] == ["raccoon"]
+        ended(cli("fit", data, "--image-size", 96, "--epochs", 2, "--out", model, cwd=tmp_path, timeout=600))
+        cards.append(json.loads((model / "card.json").read_text(encoding="utf-8")))
+        assert (model / "report.html").read_text(encoding="utf-8").count("data:image/") >= 3
+        ended(cli("predict", model, data / "test" / "images", "--csv", tmp_path / f"{kept[:3]}.csv", cwd=tmp_path))
+        assert len(list((model / "predictions").glob("*-boxes.png"))) == cards[-1]["metrics"]["n_test"]
+    coco, voc = (c["metrics"] for c in cards)
+    assert [coco[n] for n in ("n_train", "n_val", "n_test")] == [voc[n] for n in ("n_train", "n_val", "n_test")]
+    assert cards[0]["names"] == cards[1]["names"] == ["raccoon"]
+    # the XML files hold whole pixels, so the boxes differ by less than one
+    assert abs(coco["scores"]["AP50"][0] - voc["scores"]["AP50"][0]) < 0.2 and min(m["scores"]["AP50"][0] for m in (coco, voc)) > 0

@@ -113,9 +113,8 @@ def _by_part(files: Sequence[Path]) -> dict[str, Path]:
 
 def _has_boxes(d: Path) -> bool:
     "Whether a folder holds COCO, Pascal VOC or YOLO files."
-    if coco_files(d): return True
-    if any(d.glob("coco.json")) or any(d.glob("*.coco.json")) or any(map(_is_coco, d.glob("*.json"))):
-        return True
+    if any(any(d.glob(name)) for name in ("coco.json", "*.coco.json")) or coco_files(d): return True
+    if any(map(_is_coco, d.glob("*.json"))): return True
     if any(any((d / name).glob("*.xml")) for name in ("voc", "Annotations", "annotations", ".")): return True
     texts = (d / "labels").is_dir() and any((d / "labels").rglob("*.txt"))
     return texts and (d / "images").is_dir()
