@@ -10,11 +10,12 @@ HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "nbs" / "runs"
 BEGIN, END = "<!-- tasks begin -->", "<!-- tasks end -->"
 
-SMP = {"90 s": ("constant", "90.0"), "90 s, cosine": ("cosine", "90.0"), "30 s, cosine": ("cosine", "30.0")}
+# smp's loop: its learning rate, and its seconds
+SMP = {"90 s": ("constant", "90.0"), "30 s, cosine": ("cosine", "30.0")}
 
 
 def mask_ways(column: str) -> list[tuple]:
-    "smp's loop in three ways, and ours, with this column of the records."
+    "smp's loop in two ways, and ours, with this column of the records."
     plain = [(f"smp's plain loop, {name}", "16_membrane_smp", column, "seconds", {"plan": p, "seconds": s}) for name, (p, s) in SMP.items()]
     return [*plain, ("`sft-course fit`", "16_membrane", column, "seconds", {})]
 
