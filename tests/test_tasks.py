@@ -231,6 +231,98 @@ def test_three_formats_hold_the_same_boxes(tmp_path, flowers):
             torch.testing.assert_close(other.targets.boxes[where[f]], found[0].targets.boxes[i], atol=1e-3, rtol=1e-3)
 
 
+LAYOUTS_OF_COCO = {
+    "cocos own": ("annotations/instances_{}2017.json", "{}2017"),
+    "cocos own, images together": ("annotations/instances_{}2017.json", "images/{}2017"),
+    "by part": ("annotations/instances_{}.json", "{}"),
+    "one folder of images": ("annotations/instances_{}.json", "images"),
+    "short names": ("annotations/{}.json", "images/{}"),
+    "files beside the folders": ("{}.json", "{}"),
+    "in the folders": ("{}/_annotations.coco.json", "{}"),
+    "data and labels": ("{}/labels.json", "{}/data"),
+}
+
+
+def coco_in_parts(top, flowers, file, images, change=lambda said, part: None, **names):
+    "COCO files for 10, 2 and 4 images, and their images, in files and folders called so."
+    whole = write_coco(top / "whole", flowers)
+    said = json.loads((whole / "coco.json").read_text(encoding="utf-8"))
+    for part, rows in (("train", range(10)), ("val", range(10, 12)), ("test", range(12, N))):
+        one = {
+            "images": [i for i in said["images"] if i["id"] in rows],
+            "categories": said["categories"],
+            "annotations": [a for a in said["annotations"] if a["image_id"] in rows],
+        }
+        change(one, part)
+        at, folder = (top / "data" / text.format(names.get(part, part)) for text in (file, images))
+        at.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        at.write_text(json.dumps(one), encoding="utf-8")
+        for i in rows:
+            shutil.copy(whole / "images" / f"{i}.png", folder)
+    return top / "data"
+
+
+@pytest.mark.parametrize("name", LAYOUTS_OF_COCO)
+def test_coco_is_read_where_it_usually_lies(name, tmp_path, flowers):
+    top = coco_in_parts(tmp_path, flowers, *LAYOUTS_OF_COCO[name], **({"val": "valid"} if name == "in the folders" else {}))
+    (top / "annotations").mkdir(exist_ok=True)
+    (top / "annotations" / "captions_val2017.json").write_text('{"annotations": [], "images": []}', encoding="utf-8")
+    assert task_at(top)[0] == "boxes"
+    data, whole = read_task(top, "boxes", tmp_path), read_task(tmp_path / "whole", "boxes", tmp_path, whole=True)
+    assert [len(data.rows(p)) for p in ("train", "val", "test")] == [10, 2, 4] and not data.problems
+    where = {Path(f).name: i for i, f in enumerate(whole.files)}
+    for i, f in enumerate(data.files):
+        assert (top / f).is_file() and (data.images[i] == whole.images[where[Path(f).name]]).all()
+        assert torch.equal(data.targets.boxes[i], whole.targets.boxes[where[Path(f).name]])
+
+
+def test_a_group_of_categories_is_no_class(tmp_path, flowers):
+    def grouped(said, part):
+        said["categories"] = [{"id": 0, "name": "plants", "supercategory": "none"}, {"id": 1, "name": "flower", "supercategory": "plants"}]
+
+    data = read_task(coco_in_parts(tmp_path, flowers, "{}/_annotations.coco.json", "{}", grouped), "boxes", tmp_path)
+    assert data.names == ("flower",) and {p.kind for p in data.problems} == {"group"}
+    assert data.problems[1].message == "train/_annotations.coco.json: category 'plants' is a group of others, and no box has it; it is no class."
+
+
+def test_crowds_are_left_out_and_counted(tmp_path, flowers):
+    def crowded(said, part):
+        for a in said["annotations"]:
+            a["iscrowd"] = int(a["image_id"] in (3, 5) or a["id"] == 1)  # image 1 has another box
+
+    data = read_task(coco_in_parts(tmp_path, flowers, "annotations/instances_{}.json", "{}", crowded), "boxes", tmp_path)
+    counts = [sum(a in (3, 5) for a, _ in annotations(flowers)) + 1]
+    assert len(data) == N - 2 and len(data.targets.boxes[data.files.index("train/1.png")]) == 1
+    said = f"instances_train.json: annotations of crowds (iscrowd) are left out: {counts[0]}, in 3 images, 2 of which show nothing else and are left out too."
+    assert [p.message for p in data.problems] == [said]
+
+
+def test_images_of_coco_that_are_missing(tmp_path, flowers):
+    top = coco_in_parts(tmp_path, flowers, "annotations/instances_{}2017.json", "{}2017")
+    (top / "train2017" / "3.png").unlink()
+    data = read_task(top, "boxes", tmp_path)
+    assert len(data) == N - 1 and "instances_train2017.json, image 3: image train2017/3.png is missing" in data.problems[0].message
+    shutil.rmtree(top / "val2017")
+    with pytest.raises(SFTError, match="instances_val2017.json: none of its 2 images can be used; the first, val2017/10.png, is missing"):
+        read_task(top, "boxes", tmp_path)
+    many = write_coco(tmp_path / "many", flowers)
+    for i in range(11):
+        (many / "images" / f"{i}.png").unlink()
+    found = read_task(many, "boxes", tmp_path, whole=True)
+    assert [p.message for p in found.problems] == [
+        "coco.json: 11 of its 16 images cannot be used; the first, images/0.png, is missing. They are left out."]
+
+
+@pytest.mark.parametrize("file, said", [("instances_train2014", "is for train, as instances_train2014.json is"),
+                                        ("instances_mini", "its name says neither train, val nor test")])
+def test_coco_files_whose_parts_are_unclear(file, said, tmp_path, flowers):
+    top = coco_in_parts(tmp_path, flowers, "annotations/instances_{}2017.json", "{}2017")
+    shutil.copy(top / "annotations" / "instances_val2017.json", top / "annotations" / f"{file}.json")
+    with pytest.raises(SFTError, match=said):
+        task_at(top)
+
+
 def test_masks_in_colours_and_greys_are_one(tmp_path, flowers):
     first = write_masks(tmp_path / "a", flowers[:6])
     again = write_masks(tmp_path / "b", flowers[:6])

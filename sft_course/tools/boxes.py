@@ -140,15 +140,29 @@ def _require_order(images: list[_Image], sizes: list, as_read: str, source: str)
         raise SFTError(f"{source}: read as two corners many boxes have no area, read as "
                        "x, y, width, height they fit; write xmin, ymin, xmax, ymax, as Pascal VOC does.")
 
+_MOST = 10  # images that are named one by one
+
+def _left_out(gone: list[tuple[_Image, str]], total: int, source: str) -> list[Problem]:
+    "Sentences about images that cannot be opened, and why; `SFTError` where that is all of them."
+    if not gone: return []
+    image, why = gone[0]
+    if len(gone) == total > 1:
+        raise SFTError(f"{source}: none of its {total} images can be used; the first, "
+                       f"{printable(image.file)}, {why}. Put them there.")
+    if len(gone) > _MOST:
+        return [Problem(source, "image", f"{source}: {len(gone)} of its {total} images cannot be used; the "
+                        f"first, {printable(image.file)}, {why}. They are left out.")]
+    return [Problem(image.file, "image", f"{image.where}: image {printable(image.file)} {why}; it is left "
+                    "out.") for image, why in gone]
+
 def _catalog(root: Path, classes: Sequence[str], images: list[_Image], problems: list, as_read: str,
              source: str) -> BoxCatalog:
     "The catalog of what three readers found, checked."
-    there, sizes = [], []
+    there, sizes, gone = [], [], []
     for image in images:
         seen = _seen_size(root / image.file)
         if isinstance(seen, str):
-            problems.append(Problem(image.file, "image", f"{image.where}: image {printable(image.file)} "
-                                    f"{seen}; it is left out."))
+            gone.append((image, seen))
             continue
         size, turn = seen
         if turn is not None: _follow_turn(image, turn, size, problems)
@@ -158,6 +172,7 @@ def _catalog(root: Path, classes: Sequence[str], images: list[_Image], problems:
                                     f"{size[1]}; its boxes may not fit."))
         there.append(image)
         sizes.append(size)
+    problems += _left_out(gone, len(images), source)
     _require_order(there, sizes, as_read, source)
     found = [_sound_boxes(image, size, list(classes), problems) for image, size in zip(there, sizes)]
     if not any(len(b) for b, _ in found):
@@ -180,16 +195,30 @@ def _json_of(file: Path) -> dict:
         raise SFTError(f"{file.name}: not COCO; it must hold the lists {', '.join(lists)}.")
     return data
 
-def _found_in(root: Path, name: str) -> str:
-    "Where an image lies: beside the file that names it, or in `images/` or `JPEGImages/`."
-    places = [f"{folder}{name}" for folder in ("images/", "", "JPEGImages/")]
-    return next((p for p in places if (root / p).is_file()), places[0])
+_PLACES = ("images/", "", "JPEGImages/", "data/")
+
+def _found_in(root: Path, name: str, places: Sequence[str] = _PLACES) -> str:
+    "Where an image lies below `root`: in the first of some folders that has it."
+    files = [f"{folder}{name}" for folder in places]
+    return next((f for f in files if (root / f).is_file()), files[0])
+
+def _groups(data: dict) -> list[int]:
+    "Ids of categories that only group others and have no box: a tool for annotations writes one as id 0."
+    used = {a.get("category_id") for a in data["annotations"] if isinstance(a, dict)}
+    above = {c.get("supercategory") for c in data["categories"]} - {None}
+    return [int(c["id"]) for c in data["categories"] if c["name"] in above and c["id"] not in used
+            and c.get("supercategory") in (None, "", "none")]
 
 def _category_names(file: str, data: dict, problems: list) -> dict[int, str]:
     "{category id: name} in the order of the ids; a sentence where ids are not 1, 2, 3 …"
     try: named = {int(c["id"]): str(c["name"]) for c in data["categories"]}
     except (TypeError, KeyError, ValueError):
         raise SFTError(f"{file}: each of the categories needs an id, a whole number, and a name.") from None
+    for k in _groups(data):
+        problems.append(Problem(file, "group", f"{file}: category {printable(named[k])!r} is a group of "
+                                "others, and no box has it; it is no class."))
+        named.pop(k)
+        data = data | {"categories": [c for c in data["categories"] if int(c["id"]) != k]}
     if len(set(named.values())) < len(data["categories"]):
         raise SFTError(f"{file}: two categories have the same id or name; give each its own.")
     ids = sorted(named)
@@ -198,14 +227,26 @@ def _category_names(file: str, data: dict, problems: list) -> dict[int, str]:
                                 f"labels 1 to {len(ids)}; 0 is the background."))
     return {k: named[k] for k in ids}
 
-def read_coco(file: str | Path, root: str | Path | None = None) -> BoxCatalog:
-    """The catalog of a COCO JSON file; images lie in `root` (by default the file's folder) or its `images/`.
+def _no_crowds(file: str, images: dict, crowds: Counter) -> Problem:
+    "Takes away the images that show nothing but crowds, and says how many of them there are."
+    alone = [k for k in crowds if not images[k].boxes]
+    for k in alone: images.pop(k)
+    more = f", {len(alone)} of which show nothing else and are left out too" if alone else ""
+    return Problem(file, "crowd", f"{file}: annotations of crowds (iscrowd) are left out: "
+                   f"{crowds.total()}, in {len(crowds)} images{more}.")
 
-    Crowd annotations are left out. Raises `SFTError` for a file that is no COCO, with the place."""
-    file, problems = Path(file), []
+def read_coco(file: str | Path, root: str | Path | None = None,
+              places: Sequence[str] = _PLACES) -> BoxCatalog:
+    """The catalog of a COCO JSON file; images lie in one of `places` below `root`, by default the file's
+    folder.
+
+    Annotations of crowds (`iscrowd`), one box around many, are left out and counted, and so is an image that
+    shows nothing else. Raises `SFTError` for a file that is no COCO, with the place."""
+    file, problems, crowds = Path(file), [], Counter()
     root, data = Path(root or file.parent), _json_of(file)
     named = _category_names(file.name, data, problems)
-    try: images = {i["id"]: _Image(_found_in(root, str(i["file_name"])), f"{file.name}, image {i['id']}",
+    try: images = {i["id"]: _Image(_found_in(root, str(i["file_name"]), places),
+                                   f"{file.name}, image {i['id']}",
                                    (i["width"], i["height"]) if {"width", "height"} <= set(i) else None,
                                    [], [])
                    for i in data["images"]}
@@ -218,11 +259,13 @@ def read_coco(file: str | Path, root: str | Path | None = None) -> BoxCatalog:
         elif a.get("category_id") not in named:
             problems.append(Problem(file.name, "class", f"{where} has category {a.get('category_id')!r}, "
                                     "which no category has; it is left out."))
-        elif not a.get("iscrowd"):
+        elif a.get("iscrowd"): crowds[a["image_id"]] += 1
+        else:
             b = _numbers(a.get("bbox") or [])
             box = [b[0], b[1], b[0] + b[2], b[1] + b[3]] if b else a.get("bbox")
             images[a["image_id"]].boxes.append(box)
             images[a["image_id"]].names.append(named[a["category_id"]])
+    if crowds: problems.append(_no_crowds(file.name, images, crowds))
     return _catalog(root, list(named.values()), list(images.values()), problems, "xywh", file.name)
 
 # %% ../../nbs/tools/boxes.ipynb #d235ad6b

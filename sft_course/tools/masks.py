@@ -116,8 +116,10 @@ def mask_pairs(folder: str | Path) -> tuple[list[tuple[Path, Path]], list[Proble
 
 # %% ../../nbs/tools/masks.ipynb #9d1f57a7
 def class_values(found: Sequence[int]) -> dict[int, str]:
-    "{value: name} from the values that occur in all masks; 255 among three or more is void, and no class."
+    """{value: name} from the values that occur in all masks. 255 among three or more is void, and no class;
+    but among colours it is blue, and names are as in HTML."""
     values = sorted(int(v) for v in found)
+    if values and values[-1] > VOID: return {v: f"#{v:06x}" for v in values}
     return {v: str(v) for v in values if v != VOID or len(values) < 3}
 
 def to_indices(values: np.ndarray, classes: Mapping[int, str]) -> np.ndarray:

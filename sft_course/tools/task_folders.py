@@ -23,9 +23,10 @@ from .tables import NO, YES, _column_parts, _csv_row, _records, _table
 from .pixels import decode_once, PixelCache
 from .target_tables import (
     read_targets, TargetTable, _is_split, _require_files, _require_varied)
-from .task_kinds import part_folders, TASKS, _columns_of, _has_boxes, _has_masks, _separated
+from .task_kinds import (
+    coco_files, part_folders, TASKS, _columns_of, _has_boxes, _has_masks, _separated)
 from .masks import class_values, mask_folders, mask_pairs, mask_values, Masks, read_masks
-from .boxes import BoxCatalog, load_images, read_boxes
+from .boxes import BoxCatalog, load_images, read_boxes, read_coco, _PLACES
 from .detectors import BoxTargets
 
 # %% ../../nbs/tools/task_folders.ipynb #569b5957
@@ -188,11 +189,6 @@ def _values_in(folder: Path, listed: Mapping[str, str]) -> set[int]:
         except SFTError: pass  # `read_masks` names it
     return found
 
-def _class_names(values: Iterable[int]) -> dict[int, str]:
-    "{value: name}; a colour is named as in HTML."
-    found = class_values(sorted(values))
-    return {v: name if v < 256 else f"#{v:06x}" for v, name in found.items()}
-
 def _side(folders: Iterable[Path], size: int | None) -> int | None:
     "Pixels to resize images to, or None where they stay as they are."
     if size is not None: return size
@@ -215,7 +211,7 @@ def _mask_data(root: Path, size: int | None, seed: int, whole: bool, names: Sequ
     listed = _listed_classes(root, *folders.values())
     learned = [f for part, f in folders.items() if part in ("train", "")] or list(folders.values())
     given = _listed_parts(root, "Segmentation")
-    classes = listed or _class_names(set().union(*(_values_in(folder, given) for folder in learned)))
+    classes = listed or class_values(set().union(*(_values_in(folder, given) for folder in learned)))
     if names is not None: classes = _as_learned(root, classes, names)
     side = _side(folders.values(), size) if native is None else (None if native else size or MASK_SIZE)
     sets = {part: read_masks(folder, classes, side) for part, folder in folders.items()}
@@ -262,27 +258,38 @@ def _box_data(root: Path, size: int | None, seed: int, whole: bool, names: Seque
     size = size or BOX_SIZE
     if size % 32:
         raise SFTError(f"image size {size}: boxes need a multiple of 32; use {size // 32 * 32 or 32}.")
-    folders = {"": root} if _has_boxes(root) else {
-        part: d for part, d in part_folders(root).items() if _has_boxes(d)} or {"": root}
-    sets = {part: read_boxes(folder) for part, folder in folders.items()}
-    listed = _listed_parts(root, "Main")
-    classes = tuple(names or (sets.get("train") or next(iter(sets.values()))).classes)
-    made = [_boxes_of(found, classes, folders[part].name if part else "", part, size, listed)
-            for part, found in sets.items()]
+    sets, listed = _box_sets(root), _listed_parts(root, "Main")
+    classes = tuple(names or (sets.get("train") or next(iter(sets.values())))[0].classes)
+    made = [_boxes_of(found, classes, ahead, part, size, listed) for part, (found, ahead) in sets.items()]
     files, images, boxes, part, sizes, problems = (sum(more, ()) for more in zip(*made))
     if not files: raise SFTError(f"{printable(root)}: none of its images can be read; look at them.")
     targets = BoxTargets(tuple(b for b, _ in boxes), tuple(l for _, l in boxes))
     return TaskData("boxes", root, classes, files, np.stack(images), targets,
                     _parts(part, seed, whole), problems, sizes=sizes)
 
-def _boxes_of(found: BoxCatalog, classes: Sequence[str], folder: str, part: str, size: int,
+def _box_sets(root: Path) -> dict[str, tuple[BoxCatalog, str]]:
+    "{part: (catalog, the folder of its files, with a slash)}; the part is '' where nothing says it."
+    alone = any(any(root.glob(name)) for name in ("coco.json", "*.coco.json"))
+    if files := {} if alone else coco_files(root):
+        return {part: (read_coco(file, root, _places(root, part, file)), "") for part, file in files.items()}
+    parts = {} if _has_boxes(root) else {p: d for p, d in part_folders(root).items() if _has_boxes(d)}
+    return {p: (read_boxes(d), f"{d.name}/") for p, d in parts.items()} or {"": (read_boxes(root), "")}
+
+def _places(root: Path, part: str, file: Path) -> list[str]:
+    "Where images of a part may lie: in `val2017/`, `images/val2017/`, `val/` …, else in a folder for all."
+    names = [file.stem.removeprefix("instances_")]
+    for folder in filter(Path.is_dir, (root, root / "images")):
+        names += [d.name for p, d in part_folders(folder).items() if p == part]
+    return [f"{above}{name}/" for name in dict.fromkeys(names) for above in ("", "images/")] + [*_PLACES]
+
+def _boxes_of(found: BoxCatalog, classes: Sequence[str], ahead: str, part: str, size: int,
               listed: Mapping[str, str]) -> tuple:
     "Files, images, (boxes, labels), parts, sizes and problems of one catalog, each a tuple, by file name."
-    ahead = f"{folder}/" if folder else ""
     problems = [replace(p, path=ahead + p.path, message=ahead + p.message) for p in found.problems]
     for name in found.classes:
         if name not in classes:
-            problems.append(Problem(folder, "untrained class", f"{folder}: class {printable(name)!r} is not "
+            where = ahead.rstrip("/") or part
+            problems.append(Problem(where, "untrained class", f"{where}: class {printable(name)!r} is not "
                                     "among those of training; its boxes are left out."))
     files, images, boxes, parts, sizes = [], [], [], [], []
     for i in sorted(range(len(found)), key=lambda i: found.files[i]):

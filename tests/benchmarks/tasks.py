@@ -10,6 +10,16 @@ HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "nbs" / "runs"
 BEGIN, END = "<!-- tasks begin -->", "<!-- tasks end -->"
 
+# smp's loop: its learning rate, and its seconds
+SMP = {"90 s": ("constant", "90.0"), "30 s, cosine": ("cosine", "30.0")}
+
+
+def mask_ways(column: str) -> list[tuple]:
+    "smp's loop in two ways, and ours, with this column of the records."
+    plain = [(f"smp's plain loop, {name}", "16_membrane_smp", column, "seconds", {"plan": p, "seconds": s}) for name, (p, s) in SMP.items()]
+    return [*plain, ("`sft-course fit`", "16_membrane", column, "seconds", {})]
+
+
 # what is learned, and the score; then the ways: name, file, column of the score, column of the seconds, which rows
 TABLE = [
     ("several labels, drawn flowers", "macro F1", [
@@ -21,12 +31,8 @@ TABLE = [
         ("ridge regression on the last stage", "15_diameter", "last", None, {}),
         ("exact head on every stage", "15_diameter", "every", None, {}),
         ("then tuned", "15_diameter", "tuned", None, {})]),
-    ("masks, nerve tissue", "IoU of both classes", [
-        ("smp's plain loop", "16_membrane_smp", "test iou", "seconds 3", {}),
-        ("`fit_masks`, frozen encoder", "16_membrane", "test iou", "seconds 2", {})]),
-    ("masks, nerve tissue", "share of wrong pixels", [
-        ("smp's plain loop", "16_membrane_smp", "test error", "seconds 3", {}),
-        ("`fit_masks`, frozen encoder", "16_membrane", "test error", "seconds 2", {})]),
+    ("masks, nerve tissue", "IoU of both classes", mask_ways("test iou")),
+    ("masks, nerve tissue", "share of wrong pixels", mask_ways("test error")),
     ("boxes, raccoons", "AP50", [
         ("torchvision's tutorial loop", "17_raccoons", "AP50", "seconds", {"way": "tutorial"}),
         ("`fit_boxes`, frozen body", "17_raccoons", "AP50", "seconds", {"way": "frozen"})]),
