@@ -6,6 +6,8 @@ import csv
 import sys
 from pathlib import Path
 
+from marks import between_marks
+
 HERE = Path(__file__).parent
 RUNS = HERE.parent.parent / "nbs" / "runs"
 BEGIN, END = "<!-- tasks begin -->", "<!-- tasks end -->"
@@ -59,8 +61,7 @@ def table() -> str:
 
 def written(text: str) -> str:
     "README.md with the table between its marks."
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+    return between_marks(text, BEGIN, END, table())
 
 
 if __name__ == "__main__":
