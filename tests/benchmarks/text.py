@@ -18,7 +18,7 @@ RESULTS = HERE / "text.csv"
 BEGIN, END = "<!-- text begin -->", "<!-- text end -->"
 WAYS = ("upper 4 layers, ours", "upper 4 layers, Trainer", "upper 4 layers, bare step",
         "LoRA on all layers, ours", "LoRA on all layers, Trainer with peft", "LoRA on all layers, bare step with peft")
-UPPER, RANK, BATCH = 4, 8, 8
+UPPER, RANK, BATCH, EPOCHS = 4, 8, 8, 3
 
 
 def train_only_upper(model):
@@ -51,9 +51,9 @@ def ours(model, tokenizer, rows, lr, lora, precision, device):
     from sft_course.tools.chat_run import ChatPlan, tune_chats
     encoded = [(torch.tensor(r["input_ids"]), torch.tensor(r["labels"])) for r in rows]
     layers = len(model.model.layers) if lora else UPPER
-    plan = ChatPlan(layers, "lora" if lora else None, RANK, lr, epochs=1, batch_size=BATCH)
+    plan = ChatPlan(layers, "lora" if lora else None, RANK, lr, EPOCHS, BATCH)
     told, _ = tune_chats(model, plan, encoded, encoded[:1], precision=precision)
-    return told["history"][-1]["train_loss"]
+    return sum(row["train_loss"] for row in told["history"]) / EPOCHS
 
 
 def trainer(model, tokenizer, rows, lr, lora, precision, device):
@@ -62,7 +62,7 @@ def trainer(model, tokenizer, rows, lr, lora, precision, device):
     model = with_peft(model) if lora else train_only_upper(model)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            folder, num_train_epochs=1, per_device_train_batch_size=BATCH, learning_rate=lr, lr_scheduler_type="cosine", weight_decay=0.,
+            folder, num_train_epochs=EPOCHS, per_device_train_batch_size=BATCH, learning_rate=lr, lr_scheduler_type="cosine", weight_decay=0.,
             max_grad_norm=0., save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True, bf16=precision is not None,
             use_cpu=device == "cpu", remove_unused_columns=False)
         return Trainer(model, args, lambda some: padded(some, tokenizer.pad_token_id), rows).train().training_loss
@@ -74,11 +74,11 @@ def bare(model, tokenizer, rows, lr, lora, precision, device):
     import torch
     model = (with_peft(model) if lora else train_only_upper(model)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0., fused=True)
-    order, losses = np.random.default_rng(0).permutation(len(rows)), []
-    steps = range(0, len(rows), BATCH)
+    orders = [np.random.default_rng(e).permutation(len(rows)) for e in range(EPOCHS)]
+    steps, losses = [order[i:i + BATCH] for order in orders for i in range(0, len(rows), BATCH)], []
     plan = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
-    for i in steps:
-        batch = {k: v.to(device) for k, v in padded([rows[k] for k in order[i:i + BATCH]], tokenizer.pad_token_id).items()}
+    for step in steps:
+        batch = {k: v.to(device) for k, v in padded([rows[i] for i in step], tokenizer.pad_token_id).items()}
         with torch.autocast(device, precision, enabled=precision is not None):
             loss = model(**batch).loss
         loss.backward()
@@ -124,7 +124,7 @@ def measure(device: str, examples: int, repeats: int, results: Path) -> None:
             made.append({
                 "way": way, "turn": turn, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "threads": torch.get_num_threads(),
                 "precision": str(precision).removeprefix("torch."), "examples": n, "seconds": round(seconds, 3),
-                "tokens_per_second": round(sum(len(r["input_ids"]) for r in rows[:n]) / seconds, 1), "loss": round(float(loss), 4),
+                "tokens_per_second": round(EPOCHS * sum(len(r["input_ids"]) for r in rows[:n]) / seconds, 1), "loss": round(float(loss), 4),
                 "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__, "peft": peft.__version__})
             print(made[-1], flush=True)
             with results.open("w", newline="", encoding="utf-8") as f:
@@ -151,7 +151,7 @@ def table(results: Path = RESULTS) -> str:
         lines.append(f"| {way} | {spread([float(r['tokens_per_second']) for r in mine], 0)} | {share:.2f} | "
                      f"{spread([float(r['loss']) for r in mine], 3)} |")
     one = rows[0]
-    lines += ["", f"Measured on {one['device']} in {one['precision']}, {one['examples']} chats in batches of {BATCH}, one epoch, "
+    lines += ["", f"Measured on {one['device']} in {one['precision']}, {one['examples']} chats in batches of {BATCH}, {EPOCHS} epochs, "
               f"{len(rows) // len(WAYS)} turns; torch {one['torch']}, transformers {one['transformers']}, peft {one['peft']}."]
     return "\n".join(lines)
 
@@ -164,7 +164,7 @@ def written(text: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--examples", type=int, default=320)
+    parser.add_argument("--examples", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true")
