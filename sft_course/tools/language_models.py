@@ -48,12 +48,21 @@ def _reading_once():
     names = ("GGUFReader", "get_tensor_name_map")
     return mock.patch.multiple(gguf, **{name: functools.cache(getattr(gguf, name)) for name in names})
 
+def _require_sound(tokenizer) -> None:
+    "Raise `SFTError` where a version of transformers has not read a tokenizer as it was written."
+    text = "One line,\nand a second."
+    if tokenizer.pad_token is None or tokenizer.decode(tokenizer(text).input_ids) != text:
+        import transformers
+        raise SFTError(f"transformers {transformers.__version__} reads this tokenizer wrongly; "
+                       "install transformers 5.24 or newer.")
+
 def _write_plain(path: Path, folder: Path) -> None:
     "Write the model and tokenizer of a GGUF file as an ordinary folder, in float32."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     with _reading_once():
         packed = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    _require_sound(tokenizer)
     config = packed.config
     del config.quantization_config  # the weights are plain numbers from here on
     with torch.device("meta"): plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
