@@ -164,7 +164,7 @@ def written(text: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--examples", type=int, default=128)
+    parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true")
