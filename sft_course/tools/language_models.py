@@ -42,8 +42,8 @@ def quiet_transformers():
 
 # %% ../../nbs/tools/language_models.ipynb #792ff508
 def _reading_once():
-    """Inside the block transformers reads a GGUF file once, and lists the names of its tensors once: by itself
-    it does the first for each of its steps and the second for each module."""
+    """Inside the block transformers reads a GGUF file once, and lists the names of its tensors once: by
+    itself it does the first for each of its steps and the second for each module."""
     import gguf
     names = ("GGUFReader", "get_tensor_name_map")
     return mock.patch.multiple(gguf, **{name: functools.cache(getattr(gguf, name)) for name in names})
