@@ -71,7 +71,8 @@ def tune_upper(upper: UpperLayers, states: Ragged, labels: torch.Tensor, train: 
     "Train the upper layers on the stored states of rows `train`; the best epoch's weights stay. The history."
     optimizer = torch.optim.AdamW(layer_groups(upper, lr), weight_decay=.01)
     factor = schedule("linear", epochs * len(batches(len(train), batch_size)), warmup=.1)
-    def part(rows): return lambda at: states.padded(rows[at]), labels[rows]
+    device = upper.head.weight.device
+    def part(rows): return lambda at: states.padded(rows[at], device), labels[rows].to(device)
     return fit(upper, part(train), part(val), optimizer, epochs, factor, batch_size=batch_size, seed=seed,
                checkpoint=checkpoint, loss=text_loss, title="upper layers").history
 

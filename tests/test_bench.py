@@ -11,6 +11,8 @@ import bench  # noqa: E402
 import harness  # noqa: E402
 import report  # noqa: E402
 import tasks as other_tasks  # noqa: E402
+import text as text_speed  # noqa: E402
+from marks import between_marks  # noqa: E402
 
 
 def row(what, seed, points, data="blooms", **more):
@@ -151,3 +153,15 @@ def test_the_table_of_other_tasks_is_what_the_records_hold():
     text = (HERE / "README.md").read_text(encoding="utf-8")
     assert other_tasks.written(text) == text, "python tests/benchmarks/tasks.py --write draws it anew"
     assert all(len(other_tasks.values(f, column, where)) >= 3 for _, _, ways in other_tasks.TABLE for _, f, column, _, where in ways)
+
+
+def test_the_table_of_the_language_model_is_what_was_measured():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    assert text_speed.written(text) == text, "python tests/benchmarks/text.py --write draws it anew"
+
+
+def test_only_what_stands_between_the_marks_is_replaced():
+    assert between_marks("a [ old ] b", "[", "]", "\\1") == "a [\n\\1\n] b"
+    for text in ("a ] b", "a [ [ ] b"):
+        with pytest.raises(SystemExit, match="not there, or not once"):
+            between_marks(text, "[", "]", "new")

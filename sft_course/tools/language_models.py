@@ -6,8 +6,9 @@
 __all__ = ['bundled_file', 'quiet_transformers', 'language_folder', 'open_language_model', 'split_layers', 'answer_spans']
 
 # %% ../../nbs/tools/language_models.ipynb #d3862111
-import contextlib, copy, hashlib, importlib.util
+import contextlib, copy, functools, hashlib, importlib.util
 from pathlib import Path
+from unittest import mock
 import torch
 from torch import nn
 from .sentences import _no_bars
@@ -40,17 +41,36 @@ def quiet_transformers():
     finally: theirs.set_verbosity(level)
 
 # %% ../../nbs/tools/language_models.ipynb #792ff508
+def _reading_once():
+    """Inside the block transformers reads a GGUF file once, and lists the names of its tensors once: by
+    itself it does the first for each of its steps and the second for each module."""
+    import gguf
+    names = ("GGUFReader", "get_tensor_name_map")
+    return mock.patch.multiple(gguf, **{name: functools.cache(getattr(gguf, name)) for name in names})
+
+def _require_sound(tokenizer) -> None:
+    "Raise `SFTError` where a version of transformers has not read a tokenizer as it was written."
+    text = "One line,\nand a second."
+    if tokenizer.pad_token is None or tokenizer.decode(tokenizer(text).input_ids) != text:
+        import transformers
+        raise SFTError(f"transformers {transformers.__version__} reads this tokenizer wrongly; "
+                       "install transformers 5.24 or newer.")
+
 def _write_plain(path: Path, folder: Path) -> None:
     "Write the model and tokenizer of a GGUF file as an ordinary folder, in float32."
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    packed = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with _reading_once():
+        packed = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    _require_sound(tokenizer)
     config = packed.config
     del config.quantization_config  # the weights are plain numbers from here on
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(packed.state_dict())
+    with torch.device("meta"): plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(packed.state_dict(), assign=True)
+    plain.tie_weights()
     plain.generation_config = packed.generation_config
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 # %% ../../nbs/tools/language_models.ipynb #ad17583d
 def language_folder() -> Path:

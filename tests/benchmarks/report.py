@@ -1,11 +1,12 @@
 """What the results say: times to an accuracy, lines of user code, tables and the figure. The parent imports it, so no torch here."""
 import ast
 import io
-import re
 import tokenize
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, median, stdev
+
+from marks import between_marks
 
 HERE = Path(__file__).parent
 MARKS = ("<!-- tables begin -->", "<!-- tables end -->")
@@ -242,12 +243,7 @@ def versions(rows):
 
 def write_tables(readme, text):
     "Put `text` between the marks of the file `readme`."
-    old = readme.read_text(encoding="utf-8")
-    begin, end = MARKS
-    if begin not in old or end not in old:
-        raise SystemExit(f"{readme}: the marks {begin} and {end} are not there.")
-    new = re.sub(f"(?s){re.escape(begin)}.*{re.escape(end)}", lambda _: f"{begin}\n\n{text}\n{end}", old)
-    readme.write_text(new, encoding="utf-8")
+    readme.write_text(between_marks(readme.read_text(encoding="utf-8"), *MARKS, f"\n{text}"), encoding="utf-8")
 
 
 def draw(rows, path):
