@@ -10,6 +10,7 @@ __all__ = ['BoxCatalog', 'looks_like_xywh', 'looks_like_xyxy', 'read_coco', 'rea
 # %% ../../nbs/tools/boxes.ipynb #d3003cd3
 import json, math
 import xml.etree.ElementTree as ET
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Sequence

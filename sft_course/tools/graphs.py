@@ -61,7 +61,8 @@ def same_each_time(model: nn.Module) -> bool:
 # %% ../../nbs/tools/graphs.ipynb #f2a7439c
 class ReplayedGradients:
     """The gradient of the mean cross-entropy of a batch, left in the parameters' `.grad`:
-    `gradients(x, y)` returns the sum of the loss, as `add_gradients` does. precision: of autocast, or None."""
+    `gradients(x, y)` returns the sum of the loss, as `add_gradients` does. precision: of
+    autocast, or None."""
     def __init__(self, model: nn.Module, label_smoothing: float = 0., precision: torch.dtype | None = None):
         self.model = model
         self.label_smoothing = label_smoothing

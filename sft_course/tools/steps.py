@@ -111,8 +111,8 @@ def epoch_sums(model: nn.Module, inputs: Callable[[np.ndarray], torch.Tensor], l
     `rate(step)` is a factor on every group's own rate, `group["base"]` (at first its `lr`). The losses stay
     on the device until the end. micro: rows at a time, a number, or what remembers when memory was short;
     clip: largest norm of the gradient; precision: of autocast; average: an `AveragedModel`. loss: as in
-    `add_summed_gradients`, with targets of any kind in place of the labels; None for cross-entropy. whole(inputs, labels): in place of `add_gradients` where
-    all rows go at once.
+    `add_summed_gradients`, with targets of any kind in place of the labels; None for cross-entropy.
+    whole(inputs, labels): in place of `add_gradients` where all rows go at once.
     Raises `Diverged` when a loss is not finite; the model then holds the weights with which the epoch began.
     """
     losses, rates, seen, first = [], [], 0, step

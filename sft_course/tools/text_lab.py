@@ -19,7 +19,7 @@ from .torch_state import pick_device
 from .records import recorded
 from .heads import fit_head
 from ..loop import predict_logits
-from .sentences import Encoder, minilm_folder, open_encoder
+from .sentences import minilm_folder, open_encoder
 from .hidden_states import normalised, pooled_layers, states_below, token_ids, UpperLayers
 from ..text import (
     hold_out, layer_groups, linear, new_upper, text_head, text_quality, tune_upper)
