@@ -32,8 +32,11 @@ def settings(device, **more):
     return load_settings(device=device, **more)
 
 
-def tuned(images, out, device="cuda", phases=(Phase("head"), Phase(6, epochs=2, batch_size=8)), **more):
-    return FineTuner(images, "lite0", out=out, size=SIZE, settings=settings(device), **more).run(*phases)
+PHASES = Phase("head"), Phase(6, epochs=2, batch_size=8)
+
+
+def tuned(images, out, device="cuda", **more):
+    return FineTuner(images, "lite0", out=out, size=SIZE, settings=settings(device), **more).run(*PHASES)
 
 
 def test_rows_on_the_gpu_are_those_of_the_array():
@@ -105,8 +108,7 @@ def test_the_same_seed_gives_the_same_weights_and_a_stopped_run_goes_on_to_them(
     assert all(torch.equal(a[k], b[k]) for k in a)
     with pytest.raises(KeyboardInterrupt):
         tuned(images, tmp_path / "c", watch=stops)
-    phases = Phase("head"), Phase(6, epochs=2, batch_size=8)
-    c = end(FineTuner(images, "lite0", out=tmp_path / "c", size=SIZE, settings=settings("cuda")).run(*phases, resume=True))
+    c = end(FineTuner(images, "lite0", out=tmp_path / "c", size=SIZE, settings=settings("cuda")).run(*PHASES, resume=True))
     assert all(torch.equal(a[k], c[k]) for k in a)
 
 
