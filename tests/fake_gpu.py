@@ -135,12 +135,12 @@ class First(TorchFunctionMode):
 @contextmanager
 def gpu():
     "Inside the block torch finds one GPU."
-    def nothing(*args): return None
-    fakes = {"_lazy_init": nothing, "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
+    fakes = {  # a function of its own for each: torch._dynamo refuses one under two names
+             "_lazy_init": lambda *a: None, "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
              "get_device_name": lambda *a: "a stand-in", "get_device_capability": lambda *a: (8, 0), "is_bf16_supported": lambda *a: True,
-             "mem_get_info": lambda *a: (16 << 30, 16 << 30), "is_initialized": lambda: False, "manual_seed_all": nothing,
-             "get_rng_state": lambda *a: torch.zeros(1, dtype=torch.uint8), "set_rng_state": nothing,
-             "get_rng_state_all": lambda: [], "set_rng_state_all": nothing, "synchronize": nothing, "empty_cache": nothing}
+             "mem_get_info": lambda *a: (16 << 30, 16 << 30), "is_initialized": lambda: False, "manual_seed_all": lambda *a: None,
+             "get_rng_state": lambda *a: torch.zeros(1, dtype=torch.uint8), "set_rng_state": lambda *a: None,
+             "get_rng_state_all": lambda: [], "set_rng_state_all": lambda *a: None, "synchronize": lambda *a: None, "empty_cache": lambda *a: None}
     waits.clear()
     with ExitStack() as stack:
         for key, value in fakes.items():
