@@ -33,6 +33,8 @@ def searched(texts: list[str] | None) -> dict[str, Any] | None:
         name, equals, values = text.partition("=")
         if not (name and equals and values):
             raise SFTError(f"--search {text}: write lr=1e-4:1e-2 for a range, or train=2,4,6 for values.")
+        if name in space:
+            raise SFTError(f"--search {text}: {name} is there twice; give all its values at once.")
         ends = [_value(v) for v in values.split(":")]
         if len(ends) == 1:
             space[name] = tuple(_value(v) for v in values.split(","))
