@@ -40,11 +40,11 @@ def flowers(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(flowers):
     "A search of five trials that nobody stopped."
-    return tune(flowers, trials=5, space=SMALL, start=START, size=64)
+    return tune(flowers, trials=5, space=SMALL, start=START, size=64, prune=True)
 
 
 def quick(flowers, out, **how):
-    return tune(flowers, out=out, **{"trials": 5, "space": SMALL, "start": START, "size": 64} | how)
+    return tune(flowers, out=out, **{"trials": 5, "space": SMALL, "start": START, "size": 64, "prune": True} | how)
 
 
 # ---- draws
@@ -126,7 +126,7 @@ def script(flowers, out, more=""):
         from sft_course.tools.search_space import Range
         from sft_course.tools.phases import Phase
         {more}
-        found = tuning.tune({str(flowers)!r}, out={str(out)!r}, trials=5, size=64,
+        found = tuning.tune({str(flowers)!r}, out={str(out)!r}, trials=5, size=64, prune=True,
                             space={{"lr": Range(1e-4, 1e-2, log=True), "train": (1, 2)}},
                             start=Phase(1, epochs=2, views=1, batch_size=16))
         print("accuracy", found.result and found.result.accuracy)
@@ -184,6 +184,13 @@ def test_a_sampler_of_optuna(flowers):
 
 def test_pruning_ends_some_and_not_the_first_four(whole):
     assert (whole.trials.state[:4] == "complete").all()
+
+
+@pytest.mark.slow
+def test_trials_run_to_their_end_unless_pruning_is_asked_for(flowers):
+    how = {"trials": 9, "space": {"lr": Range(1e-4, 1e-1, log=True)}}
+    states = [set(quick(flowers, None, prune=prune, **how).trials.state) for prune in (False, True)]
+    assert states == [{"complete"}, {"complete", "ended early"}]
 
 
 @pytest.mark.parametrize("how, sentence", [

@@ -134,7 +134,7 @@ def rate_run(data: str, per_class: int, seed: int, optimizer: str, batch_size: i
 
 # %% ../../nbs/tools/trials.ipynb #0e404582
 PROBLEMS = (*((data, 10, seed) for seed in SPLITS for data in DATA),
-            *((data, 40, seed) for seed in SPLITS for data in DATA))
+            *((data, 40, 0) for data in DATA))
 USES = (trial_catalog, problem.__wrapped__, trial_settings, draw, _test_score, _row)
 
 def trial_runs(problems: tuple = PROBLEMS) -> pd.DataFrame:

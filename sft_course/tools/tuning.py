@@ -307,7 +307,7 @@ def _place_of(out: str | Path | None) -> Path | None:
 # %% ../../nbs/tools/tuning.ipynb #7ddac144
 def tune(data, backbone: str | Backbone | nn.Module | None = None, out: str | Path | None = None, *,
          trials: int = 16, space: Mapping[str, Any] = SPACE, start: Phase = Phase(6, batch_size=8),
-         choose: str = "loss", minutes: float | None = None, prune: bool = True, storage: str | None = None,
+         choose: str = "loss", minutes: float | None = None, prune: bool = False, storage: str | None = None,
          sampler=None, settings: Settings | None = None, say: Callable[[str], Any] | None = None,
          **how) -> Tuned:
     """Search for the settings of the tuning phase on the validation images; fit with the best; test once.
@@ -315,8 +315,9 @@ def tune(data, backbone: str | Backbone | nn.Module | None = None, out: str | Pa
     trials: how many settings are tried, the first being `start` itself; space: what is searched, a
     dictionary of tuples and `Range`s; choose: by validation `"loss"` or `"accuracy"`; minutes: no trial
     begins after that long; prune: end a trial whose loss is above the median of those before it, after
-    four. out: a folder for the study, the table trials.csv and, as trial-N, the fitted artifact. The same
-    call goes on with a search that was stopped, and several processes that make it share the trials.
+    four: half the epochs, but it may end the best (chapter 12). out: a folder for the study, the table
+    trials.csv and, as trial-N, the fitted artifact. The same call goes on with a search that was stopped,
+    and several processes that make it share the trials.
     storage: the address of a database for the study instead, for machines without a common disk. sampler:
     one of Optuna's, such as TPESampler. how: as for `FineTuner`. Raises `SFTError` with one sentence.
     """
