@@ -197,6 +197,14 @@ def test_compare_goes_on_where_it_was_stopped(folder, monkeypatch):
     assert len(found.table) == 2 and found.advised in found.advice
 
 
+@pytest.mark.parametrize("text", ["[]", '{"right": [1]}', "{", "null"])
+def test_compare_measures_anew_what_was_kept_damaged(folder, text):
+    first = compare_backbones(folder, "lite0@32").table.drop(columns="seconds")
+    for kept in (load_settings().cache_dir / "compare").glob("*.json"):
+        kept.write_text(text)
+    assert compare_backbones(folder, "lite0@32").table.drop(columns="seconds").equals(first)
+
+
 def test_compare_never_touches_test_images(folder):
     found = compare_backbones(folder, "lite0@32")
     n = int(found.advice.split(" of ")[1].split()[0])

@@ -40,11 +40,11 @@ def flowers(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(flowers):
     "A search of five trials that nobody stopped."
-    return tune(flowers, trials=5, space=SMALL, start=START, size=64)
+    return tune(flowers, trials=5, space=SMALL, start=START, size=64, prune=True)
 
 
 def quick(flowers, out, **how):
-    return tune(flowers, out=out, **{"trials": 5, "space": SMALL, "start": START, "size": 64} | how)
+    return tune(flowers, out=out, **{"trials": 5, "space": SMALL, "start": START, "size": 64, "prune": True} | how)
 
 
 # ---- draws
@@ -126,7 +126,7 @@ def script(flowers, out, more=""):
         from sft_course.tools.search_space import Range
         from sft_course.tools.phases import Phase
         {more}
-        found = tuning.tune({str(flowers)!r}, out={str(out)!r}, trials=5, size=64,
+        found = tuning.tune({str(flowers)!r}, out={str(out)!r}, trials=5, size=64, prune=True,
                             space={{"lr": Range(1e-4, 1e-2, log=True), "train": (1, 2)}},
                             start=Phase(1, epochs=2, views=1, batch_size=16))
         print("accuracy", found.result and found.result.accuracy)
@@ -186,6 +186,13 @@ def test_pruning_ends_some_and_not_the_first_four(whole):
     assert (whole.trials.state[:4] == "complete").all()
 
 
+@pytest.mark.slow
+def test_trials_run_to_their_end_unless_pruning_is_asked_for(flowers):
+    how = {"trials": 9, "space": {"lr": Range(1e-4, 1e-1, log=True)}}
+    states = [set(quick(flowers, None, prune=prune, **how).trials.state) for prune in (False, True)]
+    assert states == [{"complete"}, {"complete", "ended early"}]
+
+
 @pytest.mark.parametrize("how, sentence", [
     ({"trials": 0}, "trials = 0: give a whole number"),
     ({"trials": 2.5}, "give a whole number"),
@@ -195,6 +202,9 @@ def test_pruning_ends_some_and_not_the_first_four(whole):
     ({"space": {"learning_rate": (1e-3,)}}, "is no field of Phase"),
     ({"space": {"lr": Range(1e-2, 1e-4, log=True)}}, "low must be below high"),
     ({"space": {}}, "at least one entry"),
+    ({"space": {"train": (2, 99)}}, "from 1 to 10"),
+    ({"space": {"train": ("head", 2)}}, "starts from the fitted head"),
+    ({"space": {"epochs": Range(1, 4)}}, "no numbers in between"),
     ({"start": Phase("head")}, "a Phase that tunes stages"),
     ({"storage": "nonsense://x"}, "Optuna cannot open it"),
 ])
@@ -212,6 +222,39 @@ def test_another_search_in_the_folder_is_refused(flowers, tmp_path):
     (tmp_path / "s" / "study.journal").write_text("no journal\n")
     with pytest.raises(SFTError, match="cannot be read"):
         quick(flowers, tmp_path / "s", trials=1)
+
+
+@pytest.mark.slow
+def test_a_journal_that_was_cut_in_a_line_goes_on(flowers, tmp_path):
+    quick(flowers, tmp_path / "s", trials=2)
+    journal = tmp_path / "s" / "study.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    last = max(i for i, line in enumerate(lines) if b'"op_code":6' in line)  # the second trial's end
+    journal.write_bytes(b"".join(lines[:last]) + lines[last][:len(lines[last]) // 2])
+    found = quick(flowers, tmp_path / "s", trials=2)
+    assert len(found.trials) == 2 and found.trials.state.eq("complete").all()
+    assert found.trials.epochs_run.notna().all()
+
+
+@pytest.mark.parametrize("place, sentence", [("study.journal", "cannot be read"), ("trials.csv", "a folder lies")])
+def test_a_folder_where_a_file_of_the_search_goes(flowers, tmp_path, place, sentence):
+    (tmp_path / "s" / place).mkdir(parents=True)
+    with pytest.raises(SFTError, match=sentence):
+        quick(flowers, tmp_path / "s")
+
+
+@pytest.mark.parametrize("text", [b"shopping: milk", b"\xff\xfe\x00", b'{"op_code": 99}\n'])
+def test_another_file_in_the_place_of_the_study_is_left_alone(flowers, tmp_path, text):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "study.journal").write_bytes(text)
+    with pytest.raises(SFTError, match="cannot be read"):
+        quick(flowers, tmp_path / "s")
+    assert (tmp_path / "s" / "study.journal").read_bytes() == text
+
+
+def test_the_table_says_how_many_epochs_the_default_has(flowers):
+    found = quick(flowers, None, trials=2, start=Phase(1, views=1, batch_size=32), space={"epochs": (1,)})
+    assert found.trials.epochs.to_list() == found.trials.epochs_run.to_list() == [6, 1]
 
 
 def test_without_optuna_one_sentence_says_what_to_install(flowers, monkeypatch):

@@ -125,7 +125,7 @@ def score_runs() -> pd.DataFrame:
 
 def tuned_runs() -> pd.DataFrame:
     "The recorded tuned networks, a row each."
-    draws = [{"data": d, "n": 10, "seed": 0} for d in DATA]
+    draws = [{"data": d, "n": n, "seed": s} for n, s in ((10, 0), (10, 1), (10, 2), (40, 0)) for d in DATA]
     grid = [{"candidate": c} | draw for draw in draws for c in TUNED]
     return recorded("10_tuned", tuned_run, grid, uses=(_parts, _folder, _tuner, _features, _images))
 

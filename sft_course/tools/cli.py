@@ -517,7 +517,7 @@ def _fit(folder: Path, parts: dict, artifact: Path, settings, resume: bool, reci
     from sft_course.tools.phases import with_objective
     from sft_course.recipe import default_phases, fine_tune
     catalog = scan(folder, settings.seed, **parts)
-    if loss := recipe.pop("loss", None):
+    if (loss := recipe.pop("loss", None)) is not None:
         changed = {k: recipe.pop(k) for k in ("train", "epochs", "lr", "batch_size") if k in recipe}
         recipe["phases"] = with_objective(default_phases(settings, **changed), loss=loss)
     _few_threads(len(catalog), settings.fit_image_size)

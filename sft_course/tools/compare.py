@@ -7,6 +7,7 @@ __all__ = ['COLUMNS', 'Comparison', 'compare_backbones']
 
 # %% ../../nbs/tools/compare.ipynb #b35348fd
 import hashlib, json, time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -86,14 +87,20 @@ def _measured(network: Backbone, size: int, compute: Callable, folds: int, seed:
 
 def _found_or_made(path: Path, make: Callable[[], dict]) -> dict:
     "What lies at `path`, or what `make` makes, which then lies there."
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = make()
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if _is_measured(found):
+            return found
+    found = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temp:
         temp.write_text(json.dumps(found), encoding="utf-8")
     return found
+
+def _is_measured(found: Any) -> bool:
+    "Whether this is what `_measured` returns, and not something else that is JSON."
+    return (isinstance(found, dict) and isinstance(found.get("right"), list)
+            and all(isinstance(found.get(c), (int, float)) for c in COLUMNS[4:]))
 
 # %% ../../nbs/tools/compare.ipynb #65c06cb8
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ def _figure_place(path: Path | None) -> None:
         return
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise SFTError(f"--figure {path}: give a name that ends in .png, .svg or .pdf.")
+    if path.is_dir():
+        raise SFTError(f"--figure {path}: this is a folder; give a file.")
     if not path.parent.is_dir():
         raise SFTError(f"--figure {path}: there is no folder {path.parent}; make it first.")
 

@@ -6,7 +6,7 @@
 __all__ = ['whole_file', 'plain_frame', 'card_of']
 
 # %% ../../nbs/tools/files.ipynb #e2faf3cf
-import json, os, secrets, shutil
+import errno, json, os, secrets, shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterable, Iterator
@@ -39,6 +39,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     If the block fails, nothing is left.
     """
     path = Path(path)
+    if path.is_dir():  # before the work, and by its own name
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temp = _temporary(path)
     try:
         yield temp

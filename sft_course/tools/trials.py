@@ -88,7 +88,7 @@ def trial_run(data: str, per_class: int, seed: int, number: int) -> dict:
     return settings | _row(tuner, tuner.tuned.score, losses, _test_score(tuner, phase))
 
 # %% ../../nbs/tools/trials.ipynb #c40f1c01
-SPLITS = (0,)
+SPLITS = (0, 1, 2)
 SIDES = (*(("garden", optimizer, size) for optimizer in ("AdamW", "SGD") for size in (8, 32)),
          ("hands", "AdamW", 8), ("hands", "AdamW", 32), ("hands", "SGD", 8))
 RATES = {"AdamW": (2.5e-5, 1e-4, 4e-4, 1.6e-3), "SGD": (4e-4, 1.6e-3, 6.4e-3, 2.56e-2)}
@@ -133,8 +133,8 @@ def rate_run(data: str, per_class: int, seed: int, optimizer: str, batch_size: i
     return _row(tuner, val, losses, _test_score(tuner, phase))
 
 # %% ../../nbs/tools/trials.ipynb #0e404582
-PROBLEMS = (*((data, 10, 0) for data in DATA),
-            ("ants_bees", 40, 0),)
+PROBLEMS = (*((data, 10, seed) for seed in SPLITS for data in DATA),
+            *((data, 40, 0) for data in DATA))
 USES = (trial_catalog, problem.__wrapped__, trial_settings, draw, _test_score, _row)
 
 def trial_runs(problems: tuple = PROBLEMS) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from .settings import expanded, load_settings, Settings, SFTError
 from .extras import require_extra
 from .files import whole_file
 from ..backbones import Backbone
+from ..unfreezing import first_trainable
 from .phases import Phase, _can_gain
 from .predict import Result
 from .engine import FineTuner
@@ -88,12 +89,30 @@ def _storage(optuna, out: Path | None, storage: str | None):
                            "sqlite:///study.db, or leave it out.") from None
     if out is None:
         return optuna.storages.InMemoryStorage()
-    backend = optuna.storages.journal.JournalFileBackend(str(out / "study.journal"))
+    path = out / "study.journal"
+    lock = optuna.storages.journal.JournalFileSymlinkLock(str(path))
     try:
+        _drop_half_line(path, lock)
+        backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=lock)
         return optuna.storages.JournalStorage(backend)
     except Exception as e:
-        raise SFTError(f"{out / 'study.journal'}: this cannot be read ({type(e).__name__}); give another "
+        raise SFTError(f"{path}: this cannot be read ({type(e).__name__}); give another "
                        "folder for a new search.") from None
+
+def _drop_half_line(path: Path, lock) -> None:
+    "Cut off the line that a killed process left half written: the next one would be appended to it."
+    lock.acquire()
+    try:
+        text = path.read_bytes() if path.exists() else b""
+        whole = text.rfind(b"\n") + 1
+        half, begin = text[whole:], b'{"op_code":'
+        if half[:len(begin)] != begin[:len(half)]:
+            raise ValueError("no journal")
+        if half:
+            with open(path, "r+b") as f:
+                f.truncate(whole)
+    finally:
+        lock.release()
 
 # %% ../../nbs/tools/tuning.ipynb #dab35e26
 def _require_same(study, plan: dict, where: str) -> None:
@@ -168,7 +187,7 @@ def _next_trial(s: _Search, most: int) -> Iterator[Any]:
 # %% ../../nbs/tools/tuning.ipynb #3d603690
 def _try(s: _Search, trial, phase: Phase) -> dict[str, Any]:
     "Train one phase from the head; raises `TrialPruned` where it is ended early. What is measured."
-    tuner, losses, epochs = s.tuner, [], phase.epochs or 6
+    tuner, losses, epochs = s.tuner, [], phase.epochs
 
     def watch(row: dict) -> None:
         _beat(s, trial)
@@ -280,12 +299,15 @@ def _place_of(out: str | Path | None) -> Path | None:
         raise SFTError(f"{folder}: cannot be written ({e.strerror}); give another folder.") from None
     if [name for name in foreign if not name.startswith((".", "trial"))]:
         raise SFTError(f"{folder}: this exists and holds no search; give another folder.")
+    if (folder / "trials.csv").is_dir():
+        raise SFTError(f"{folder / 'trials.csv'}: a folder lies where the table of trials goes; "
+                       "give another folder.")
     return folder
 
 # %% ../../nbs/tools/tuning.ipynb #7ddac144
 def tune(data, backbone: str | Backbone | nn.Module | None = None, out: str | Path | None = None, *,
          trials: int = 16, space: Mapping[str, Any] = SPACE, start: Phase = Phase(6, batch_size=8),
-         choose: str = "loss", minutes: float | None = None, prune: bool = True, storage: str | None = None,
+         choose: str = "loss", minutes: float | None = None, prune: bool = False, storage: str | None = None,
          sampler=None, settings: Settings | None = None, say: Callable[[str], Any] | None = None,
          **how) -> Tuned:
     """Search for the settings of the tuning phase on the validation images; fit with the best; test once.
@@ -293,8 +315,9 @@ def tune(data, backbone: str | Backbone | nn.Module | None = None, out: str | Pa
     trials: how many settings are tried, the first being `start` itself; space: what is searched, a
     dictionary of tuples and `Range`s; choose: by validation `"loss"` or `"accuracy"`; minutes: no trial
     begins after that long; prune: end a trial whose loss is above the median of those before it, after
-    four. out: a folder for the study, the table trials.csv and, as trial-N, the fitted artifact. The same
-    call goes on with a search that was stopped, and several processes that make it share the trials.
+    four: half the epochs, but it may end the best (chapter 12). out: a folder for the study, the table
+    trials.csv and, as trial-N, the fitted artifact. The same call goes on with a search that was stopped,
+    and several processes that make it share the trials.
     storage: the address of a database for the study instead, for machines without a common disk. sampler:
     one of Optuna's, such as TPESampler. how: as for `FineTuner`. Raises `SFTError` with one sentence.
     """
@@ -308,6 +331,9 @@ def tune(data, backbone: str | Backbone | nn.Module | None = None, out: str | Pa
         return FineTuner(data, network, folder, settings=settings, say=say or _silent, **how)
 
     first = tuner()
+    for stages in space.get("train", ()):
+        first_trainable(first.backbone, stages)
+    start = replace(start, epochs=start.epochs or 6)  # so that the table says what ran
     study = _study(optuna, first, folder, storage, start, space, prune, sampler)
     s = _Search(optuna, study, first.run_phase(Phase("head")), folder, storage, start, space, say or _silent)
     if _can_gain(first):
