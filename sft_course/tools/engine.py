@@ -176,7 +176,8 @@ def _finish(tuner: TunerState) -> Result:
 def _duration(seconds: float) -> str:
     "Seconds in words."
     if seconds < 90:
-        return f"{max(1, round(seconds))} seconds"
+        whole = max(1, round(seconds))
+        return f"{whole} second{'s' * (whole > 1)}"
     return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 # %% ../../nbs/tools/engine.ipynb #8d6568f2
