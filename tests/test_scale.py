@@ -139,3 +139,14 @@ def test_without_ray_one_sentence_says_what_to_install(model, tmp_path):
         pytest.skip("Ray is installed")
     with pytest.raises(SFTError, match=r"sft_course\[scale\]"):
         predict_ray(model[1] / "out", images_of(tmp_path / "images"), tmp_path / "parts")
+
+
+@pytest.mark.parametrize("spoken", [True, False])
+def test_a_process_that_is_stopped_says_how_to_go_on_unless_another_has(spoken, monkeypatch, capsys):
+    from sft_course.tools import cli
+    monkeypatch.setattr(cli, "is_first", lambda: False)
+    monkeypatch.setattr(cli, "wait_for_reason", lambda seconds: 75)
+    monkeypatch.setattr(cli, "may_speak", lambda: not spoken)
+    monkeypatch.setattr(cli, "_signals_do", lambda what: None)
+    assert cli._stopped(cli._Ended(15, "stopped; go on")) == 143
+    assert capsys.readouterr().err.count("go on") == (not spoken)

@@ -1212,10 +1212,11 @@ def _signals_do(what: Any) -> None:
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, what)
 
 def _stopped(e: _Ended) -> int:
-    "Say how to go on, where this process is the one that speaks; the exit status."
+    """Say how to go on; the exit status. Of several processes the first one says it, or else, where it waits
+    for one that was asked to end between two phases, that one."""
     _signals_do(signal.SIG_IGN)  # it is ending already
-    if is_first(): return _failed(e.text, 128 + e.signal)
-    wait_for_reason(1)  # torchrun ends all where one has ended: the first one is to speak before
+    if not is_first(): wait_for_reason(1)  # torchrun ends all where one has ended
+    if may_speak(): _say(e.text)
     return 128 + e.signal
 
 def _alone_now() -> int:

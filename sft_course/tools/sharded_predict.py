@@ -80,7 +80,7 @@ def write_shard(result: Result, paths: Sequence[str], file: Path) -> None:
             if kind == "parquet": table.to_parquet(temp, index=False)
             else: table.to_csv(temp, index=False, encoding="utf-8", errors="surrogateescape")
     except OSError as e:
-        raise SFTError(f"{file}: cannot be written ({e.strerror}); make room and run again.") from None
+        raise SFTError(f"{file}: cannot be written ({e.strerror or e}); make room and run again.") from None
 
 # %% ../../nbs/tools/sharded_predict.ipynb #5c2c7b89
 @dataclass(frozen=True)
@@ -134,21 +134,31 @@ def read_shards(folder: str | Path):
         text = {name: object for name in COLUMNS if name != "probability"}  # names may not be UTF-8
         return pd.read_csv(file, dtype=text, keep_default_na=False, na_values={"probability": [""]},
                            encoding_errors="surrogateescape")
-    return pd.concat([pd.read_parquet(f) if kind == "parquet" else csv(f) for f in files], ignore_index=True)
+    parts = [pd.read_parquet(f) if kind == "parquet" else csv(f) for f in files]
+    return pd.concat(parts, ignore_index=True).fillna({"label": "", "error": ""})  # a CSV knows no None
 
 # %% ../../nbs/tools/sharded_predict.ipynb #e1eed022
 class ShardWriter:
-    "An actor: loads the artifact once, and writes the shards that it is given."
-    def __init__(self, artifact: str): self.result = load_artifact(artifact)
+    """An actor: loads the artifact once, and writes the shards that it is given. What goes wrong with one
+    comes back as its `error`, a sentence."""
+    def __init__(self, artifact: str): self.artifact, self.result = artifact, None
+
+    def write(self, file: str, paths: Sequence[bytes]) -> str:
+        "One shard; what is wrong with it, or nothing."
+        try:
+            self.result = self.result or load_artifact(self.artifact)
+            write_shard(self.result, [os.fsdecode(p) for p in paths], Path(file))
+        except SFTError as e: return str(e)
+        return ""
 
     def __call__(self, batch: dict[str, Sequence]) -> dict[str, list]:
-        for file, paths in zip(batch["file"], batch["paths"]):
-            write_shard(self.result, [os.fsdecode(p) for p in paths], Path(str(file)))
-        return {"file": list(batch["file"])}
+        errors = [self.write(str(file), paths) for file, paths in zip(batch["file"], batch["paths"])]
+        return {"file": list(batch["file"]), "error": errors}
 
 def predict_ray(artifact: str | Path, what: Any, folder: str | Path, *, shard_size: int = 1000,
                 kind: str = "csv", actors: int = 2) -> Shards:
-    "As `predict_shards`, by `actors` on the Ray cluster that `ray.init` finds, or on this machine."
+    """As `predict_shards`, by at most so many `actors` on the Ray cluster that `ray.init` finds, or on this
+    machine. Where a shard fails the others are written all the same; then `SFTError` says why."""
     require_extra("scale", "ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use over the network
     import ray
@@ -157,8 +167,9 @@ def predict_ray(artifact: str | Path, what: Any, folder: str | Path, *, shard_si
     missing = _missing(folder, paths, shard_size, kind)
     rows = [{"file": str(file), "paths": [os.fsencode(p) for p in some]} for file, some in missing]
     if rows:
-        found = ray.data.from_items(rows).map_batches(
+        done = ray.data.from_items(rows).map_batches(
             ShardWriter, fn_constructor_args=(str(Path(artifact).resolve()),), batch_size=1,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors))
-        found.materialize()
+        wrong = [row["error"] for row in done.take_all() if row["error"]]
+        if wrong: raise SFTError(wrong[0])
     return Shards(folder, len(paths), -(-len(paths) // shard_size), len(missing))
