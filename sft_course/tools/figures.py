@@ -24,12 +24,16 @@ PALETTE = {
 def style() -> None:
     """The look of every figure and table in the course; call it at the top of a notebook.
 
-    Changes matplotlib's defaults, and pandas': no column of a table is left out, in plain text either.
+    Changes matplotlib's defaults, pandas': no column of a table is left out, in plain text either; and
+    NumPy's: a number is shown as 0.5, not as np.float64(0.5).
     """
+    import numpy as np
     import pandas as pd
     import seaborn as sns
 
     pd.set_option("display.width", 160, "display.max_columns", 40)
+    if int(np.__version__.partition(".")[0]) > 1:  # before 2 that was so already
+        np.set_printoptions(legacy="1.25")
     rc = {
         "figure.dpi": 80,
         "axes.spines.top": False,
