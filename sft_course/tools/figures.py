@@ -24,16 +24,18 @@ PALETTE = {
 def style() -> None:
     """The look of every figure and table in the course; call it at the top of a notebook.
 
-    Changes matplotlib's defaults, pandas': no column of a table is left out, in plain text either; and
-    NumPy's: a number is shown as 0.5, not as np.float64(0.5).
+    Changes matplotlib's defaults, and pandas': no column of a table is left out, in plain text either. In
+    a notebook a number of NumPy's is shown as 0.5, not as np.float64(0.5).
     """
     import numpy as np
     import pandas as pd
     import seaborn as sns
 
     pd.set_option("display.width", 160, "display.max_columns", 40)
-    if int(np.__version__.partition(".")[0]) > 1:  # before 2 that was so already
-        np.set_printoptions(legacy="1.25")
+    if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()):
+        for kind in (np.float64, np.float32, np.int64):
+            shown = shell.display_formatter.formatters["text/plain"]
+            shown.for_type(kind, lambda number, out, cycle: out.text(str(number)))
     rc = {
         "figure.dpi": 80,
         "axes.spines.top": False,
