@@ -155,6 +155,11 @@ def test_the_table_of_other_tasks_is_what_the_records_hold():
     assert all(len(other_tasks.values(f, column, where)) >= 3 for _, _, ways in other_tasks.TABLE for _, f, column, _, where in ways)
 
 
+def test_the_table_of_the_language_model_is_what_was_measured():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    assert text_speed.written(text) == text, "python tests/benchmarks/text.py --write draws it anew"
+
+
 def test_only_what_stands_between_the_marks_is_replaced():
     assert between_marks("a [ old ] b", "[", "]", "\\1") == "a [\n\\1\n] b"
     for text in ("a ] b", "a [ [ ] b"):
@@ -164,8 +169,8 @@ def test_only_what_stands_between_the_marks_is_replaced():
 
 def test_the_language_models_table_compares_with_the_bare_step(tmp_path):
     rows = [(way, turn, seconds + turn) for way, seconds in zip(text_speed.WAYS, (1, 5, 3, 6, 8, 4)) for turn in (1, 2)]
-    head = "way,turn,device,precision,examples,seconds,tokens_per_second,loss,torch,transformers,peft"
-    lines = [f'"{way}",{turn},a card,bfloat16,64,{s},{1200 / s},.5,2,5,0' for way, turn, s in rows]
+    head = "way,turn,device,threads,precision,examples,seconds,tokens_per_second,loss,torch,transformers,peft"
+    lines = [f'"{way}",{turn},a card,1,bfloat16,64,{s},{1200 / s},.5,2,5,0' for way, turn, s in rows]
     (tmp_path / "text.csv").write_text("\n".join([head, *lines]))
     table = text_speed.table(tmp_path / "text.csv").splitlines()
     assert [row.split(" | ")[2] for row in table[2:8]] == ["0.56", "1.44", "1.00", "1.36", "1.73", "1.00"]

@@ -151,7 +151,9 @@ def table(results: Path = RESULTS) -> str:
         lines.append(f"| {way} | {spread([float(r['tokens_per_second']) for r in mine], 0)} | {share:.2f} | "
                      f"{spread([float(r['loss']) for r in mine], 3)} |")
     one = rows[0]
-    lines += ["", f"Measured on {one['device']} in {one['precision']}, {one['examples']} chats in batches of {BATCH}, {EPOCHS} epochs, "
+    where = f"{one['threads']} threads of a processor" if one["device"] == "cpu" else one["device"]
+    kind = "float32" if one["precision"] == "None" else one["precision"]
+    lines += ["", f"Measured on {where} in {kind}, {one['examples']} chats in batches of {BATCH}, {EPOCHS} epochs, "
               f"{len(rows) // len(WAYS)} turns; torch {one['torch']}, transformers {one['transformers']}, peft {one['peft']}."]
     return "\n".join(lines)
 
