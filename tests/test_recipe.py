@@ -267,7 +267,7 @@ def test_after_a_trial_in_vain_no_more_is_tuned_and_a_stopped_run_ends_in_the_sa
     result = run(tmp_path / "whole")
     assert [row["phase"] for row in result.history] == [1, 2, 2] and result.card["chosen"] == "head"
     assert [phase["trial"] for phase in result.card["phases"]] == [False, True]
-    assert any("the trial did not help" in sentence for sentence in said)
+    assert any("the trial did harm" in sentence for sentence in said)
     assert run(tmp_path / "whole", resume=True).accuracy == result.accuracy
     for epoch in (1, 2):
         with pytest.raises(Killed):
