@@ -21,7 +21,7 @@ from .settings import expanded, SFTError
 from .files import whole_file
 from .torch_state import own_torch_state, seeded
 from .checkpoints import read_checkpoint
-from .steps import native_bfloat16
+from .steps import training_precision
 from ..loop import batches, Score
 from .training import fit, lowest_loss
 from .activations import weights_key
@@ -332,7 +332,7 @@ def fine_tune_chats(chats: str | Path | Sequence[Any], out: str | Path | None = 
         tell(f"now the upper {run.plan.layers} of {len(net.model.layers)} layers train")
         kept = {"checkpoint": out and out / "last.ckpt", "also": made_of}
         told, maps = tune_chats(net, run.plan, *run.parts, watch=lambda row: tell(_epoch(row)), title="chats",
-                                precision=_precision(device), **kept)
+                                precision=training_precision(device), **kept)
         samples = [{"prompt": c[-2]["content"], "wanted": c[-1]["content"], "before": b, "after": a}
                    for c, b, a in zip(shown, before, _samples(net, tokenizer, shown))]
         card = _card(run, name, told, samples, template_notes(tokenizer))
@@ -341,10 +341,6 @@ def fine_tune_chats(chats: str | Path | Sequence[Any], out: str | Path | None = 
         result = ChatResult(net, tokenizer, told["history"], card, maps, net.config._name_or_path)
         if out: write_chat_model(result, out)
     return result
-
-def _precision(device: str | torch.device) -> torch.dtype | None:
-    "Of training: bfloat16 on a GPU that has it."
-    return native_bfloat16(device) if torch.device(device).type == "cuda" else None
 
 def _epoch(row: dict[str, Any]) -> str:
     losses = f"training loss {row['train_loss']:.3f}, validation loss {row['val_loss']:.3f}"

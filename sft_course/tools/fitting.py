@@ -17,7 +17,7 @@ from .processes import from_first, in_turns, ranks
 from ..data import to_input
 from ..backbones import Backbone
 from .settings import SFTError
-from .steps import Diverged, native_bfloat16
+from .steps import Diverged, training_precision
 from ..loop import batches, copy_state, predict_logits, score, Score
 from .training import fit
 from .surgery import fold_for, pictures_at_once, split_at
@@ -341,7 +341,8 @@ def _epochs(tuner: TunerState, phase: Phase, stage: int, upper: nn.Module, sourc
     fitted = fit(b.model, (inputs, labels), evaluate, optimizer, epochs, rate, part=upper, before=before,
         watch=watch, batch_size=phase.batch_size, seed=tuner.seed,
         label_smoothing=phase.label_smoothing, micro=_micro(tuner, phase), loss=loss,
-        precision=_precision(tuner), whole=_replayed(tuner, phase, stage, upper, loss),
+        precision=training_precision(tuner.device),
+        whole=_replayed(tuner, phase, stage, upper, loss),
         order=_order(tuner, phase),
         checkpoint=tuner.out and tuner.out / "last.ckpt", resume=resume, also=run, title=tuner.title)
     tuner.in_vain = _in_vain(phase, fitted.history, begun)
@@ -358,12 +359,6 @@ def _micro(tuner: TunerState, phase: Phase) -> int | None:
     slow = tuner.device.type == "cpu" and tuner.size >= 128
     return 16 if slow and not phase.batch_stats else None
 
-# %% ../../nbs/tools/fitting.ipynb #b9fe2f44
-def _precision(tuner: TunerState) -> torch.dtype | None:
-    """Of autocast: bfloat16 on a GPU that computes in it natively. Processors that do gain little by it, or
-    lose (chapter 20), and keep float32."""
-    return native_bfloat16(tuner.device) if tuner.device.type == "cuda" else None
-
 # %% ../../nbs/tools/fitting.ipynb #72bd9fa2
 def _replayed(tuner: TunerState, phase: Phase, stage: int, upper: nn.Module,
               loss: Callable | None) -> ReplayedGradients | None:
@@ -371,4 +366,4 @@ def _replayed(tuner: TunerState, phase: Phase, stage: int, upper: nn.Module,
     training_mode(tuner.backbone, stage, phase.batch_stats)
     if tuner.device.type != "cuda" or loss or not same_each_time(upper):
         return None
-    return ReplayedGradients(upper, phase.label_smoothing, _precision(tuner))
+    return ReplayedGradients(upper, phase.label_smoothing, training_precision(tuner.device))

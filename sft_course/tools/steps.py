@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['add_gradients', 'add_summed_gradients', 'Diverged', 'within_memory', 'RowsAtATime', 'epoch_sums', 'train_epoch',
-           'native_bfloat16', 'average_weights']
+           'native_bfloat16', 'training_precision', 'average_weights']
 
 # %% ../../nbs/tools/steps.ipynb #2fb55b8d
 import math, warnings
@@ -159,6 +159,11 @@ def native_bfloat16(device: torch.device | str) -> torch.dtype | None:
         asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         has = device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in asked)
     return torch.bfloat16 if has else None
+
+def training_precision(device: torch.device | str) -> torch.dtype | None:
+    """To give as `precision` in training: bfloat16 on a GPU that computes in it natively. Processors that do
+    gain little by it, or lose (chapter 20), and keep float32."""
+    return native_bfloat16(device) if torch.device(device).type == "cuda" else None
 
 # %% ../../nbs/tools/steps.ipynb #cc231615
 def average_weights(model: nn.Module, decay: float = .99):
