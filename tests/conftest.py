@@ -55,6 +55,12 @@ def draw(folder, classes=("stripes", "waves"), n=12, size=72, seed=0):
     return folder
 
 
+def draw_flowers(n, size=64):
+    "Drawn flowers with masks and boxes, of two species in turn, one and two in an image."
+    from sft_course.tools.blooms import draw_bloom
+    return [draw_bloom(("pointed5", "round5")[i % 2], i, size, flowers=1 + i % 2) for i in range(n)]
+
+
 @pytest.fixture
 def stripes(tmp_path):
     return draw(tmp_path / "stripes")

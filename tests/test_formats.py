@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import draw_flowers
 from PIL import Image
+from test_tasks import write_images, write_yolo
 
-from sft_course.tools.blooms import draw_bloom
 from sft_course.tools.masks import save_mask
 
 RACCOONS = Path(__file__).parent.parent.parent / "shared" / "data" / "raccoon"
@@ -18,13 +19,7 @@ COLOURS = np.array([[0, 0, 0], [255, 0, 0], [0, 128, 255]], np.uint8)
 
 @pytest.fixture(scope="module")
 def flowers():
-    return [draw_bloom(("pointed5", "round5")[i % 2], i, SIZE, flowers=1 + i % 2) for i in range(N)]
-
-
-def images(folder, flowers):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, b in enumerate(flowers):
-        Image.fromarray(b.image).save(folder / f"{i}.png")
+    return draw_flowers(N, SIZE)
 
 
 def species(i):
@@ -32,7 +27,7 @@ def species(i):
 
 
 def class_folders(top, flowers):
-    images(top / "all", flowers)
+    write_images(top / "all", flowers)
     for i in range(N):
         (top / species(i)).mkdir(exist_ok=True)
         (top / "all" / f"{i}.png").rename(top / species(i) / f"{i}.png")
@@ -44,7 +39,7 @@ def table(header, row):
     "A CSV beside its images, a line for each flower."
 
     def write(top, flowers):
-        images(top / "images", flowers)
+        write_images(top / "images", flowers)
         lines = [f"images/{i}.png,{row(i, b)}" for i, b in enumerate(flowers)]
         (top / "table.csv").write_text("\n".join([f"path,{header}", *lines]), encoding="utf-8")
         return top / "table.csv"
@@ -56,7 +51,7 @@ def masks(draw, classes=None):
     "images/ and masks/, where `draw` makes an image of indices."
 
     def write(top, flowers):
-        images(top / "images", flowers)
+        write_images(top / "images", flowers)
         (top / "masks").mkdir()
         for i, b in enumerate(flowers):
             draw(b.mask, top / "masks" / f"{i}.png")
@@ -68,7 +63,7 @@ def masks(draw, classes=None):
 
 
 def coco(top, flowers):
-    images(top / "images", flowers)
+    write_images(top / "images", flowers)
     boxes = [(i, *map(float, b)) for i, f in enumerate(flowers) for b in f.boxes]
     said = {
         "images": [{"id": i, "file_name": f"{i}.png", "width": SIZE, "height": SIZE} for i in range(N)],
@@ -97,22 +92,12 @@ def cocos_own(top, flowers):
 
 
 def voc(top, flowers):
-    images(top / "JPEGImages", flowers)
+    write_images(top / "JPEGImages", flowers)
     (top / "Annotations").mkdir()
     for i, b in enumerate(flowers):
         corners = ["".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box)) for box in b.boxes]
         objects = "".join(f"<object><name>flower</name><bndbox>{c}</bndbox></object>" for c in corners)
         (top / "Annotations" / f"{i}.xml").write_text(f"<annotation><filename>{i}.png</filename>{objects}</annotation>", encoding="utf-8")
-    return top
-
-
-def yolo(top, flowers):
-    images(top / "images", flowers)
-    (top / "labels").mkdir()
-    (top / "data.yaml").write_text("names: [flower]\n", encoding="utf-8")
-    for i, b in enumerate(flowers):
-        lines = [f"0 {(x0 + x1) / 2 / SIZE} {(y0 + y1) / 2 / SIZE} {(x1 - x0) / SIZE} {(y1 - y0) / SIZE}" for x0, y0, x1, y1 in b.boxes]
-        (top / "labels" / f"{i}.txt").write_text("\n".join(lines), encoding="utf-8")
     return top
 
 
@@ -138,7 +123,7 @@ FORMATS = {  # what writes it, its task, and its names
     "coco.json": (coco, "boxes", ["flower"]),
     "COCO's own folders": (cocos_own, "boxes", ["flower"]),
     "Pascal VOC": (voc, "boxes", ["flower"]),
-    "YOLO": (yolo, "boxes", ["flower"]),
+    "YOLO": (write_yolo, "boxes", ["flower"]),
 }
 
 

@@ -6,12 +6,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import draw
+from conftest import draw, draw_flowers
 from test_tasks import HOW, TASKS, WRITE
 
 from sft_course import FineTuner, Phase, fine_tune, load_artifact, load_settings
 from sft_course.tools import steps
-from sft_course.tools.blooms import draw_bloom
 from sft_course.tools.chat_run import fine_tune_chats
 from sft_course.tools.garden_notes import draw_notes, note_chat
 from sft_course.tools.opening import open_backbone
@@ -150,7 +149,7 @@ def test_default_recipe_of_a_backbone_with_other_parts(images):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_other_tasks(task, tmp_path):
-    flowers = [draw_bloom(("pointed5", "round5")[i % 2], i, 64, flowers=1 + i % 2) for i in range(16)]
+    flowers = draw_flowers(16)
     (tmp_path / task).mkdir()
     data = WRITE[task](tmp_path / task, flowers)
     fine_tune_task(data, task, tmp_path / "out", device="cuda", **HOW[task])

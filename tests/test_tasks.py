@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 import typer
+from conftest import draw_flowers
 from PIL import Image
 from typer.testing import CliRunner
 
 from sft_course.tools import shipping_commands
 from sft_course.tools.artifact import load_artifact
-from sft_course.tools.blooms import draw_bloom
 from sft_course.tools.masks import save_mask
 from sft_course.tools.model_card import HubStandIn, push_to_hub
 from sft_course.tools.serving import open_predictor
@@ -74,7 +74,7 @@ def call(*words):
 
 @pytest.fixture(scope="module")
 def flowers():
-    return [draw_bloom(("pointed5", "round5")[i % 2], i, SIZE, flowers=1 + i % 2) for i in range(N)]
+    return draw_flowers(N, SIZE)
 
 
 def write_images(folder, flowers):

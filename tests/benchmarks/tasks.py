@@ -54,7 +54,7 @@ def values(file: str, column: str, where: dict) -> list[float]:
 
 
 def spread(found: list[float], digits: int) -> str:
-    mean, low, high = (f"{v:.{digits}f}" for v in (sum(found) / len(found), min(found), max(found)))
+    mean, low, high = (f"{v:,.{digits}f}" for v in (sum(found) / len(found), min(found), max(found)))
     return f"{mean} ({low} to {high})"
 
 

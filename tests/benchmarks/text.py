@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from marks import between_marks
+from tasks import spread
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "text.csv"
@@ -131,11 +132,6 @@ def measure(device: str, examples: int, repeats: int, results: Path) -> None:
                 out = csv.DictWriter(f, list(made[0]))
                 out.writeheader()
                 out.writerows(made)
-
-
-def spread(found: list[float], digits: int) -> str:
-    mean, low, high = (f"{v:,.{digits}f}" for v in (sum(found) / len(found), min(found), max(found)))
-    return f"{mean} ({low} to {high})"
 
 
 def table(results: Path = RESULTS) -> str:
