@@ -23,8 +23,8 @@ import report
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parent.parent
 WORK = REPO / "out" / "bench"
-PHOTOS = REPO.parent / "shared" / "data" / "ants_bees"
-SIZES = {"blooms": 96, "ants_bees": 160}
+PHOTOS = REPO.parent / "shared" / "data"
+SIZES = {"blooms": 96, "ants_bees": 160, "hands": 96}
 PACKAGES = ("torch", "torchvision", "timm", "scikit-learn", "fastai", "lightning", "transformers", "sft_course")
 
 
@@ -36,17 +36,35 @@ def code_key(*files):
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
+def behind(*files):
+    "These files and all of ours that they import, directly or not; nothing is imported for it."
+    found, todo = set(), list(files)
+    while todo:
+        file = todo.pop()
+        if file in found:
+            continue
+        found.add(file)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                start = file.parents[node.level - 1] if node.level else REPO
+                path = start.joinpath(*(node.module or "").split("."))
+                places = [path, *(path / alias.name for alias in node.names)]
+                todo += [p for q in places for p in (q.with_suffix(".py"), q / "__init__.py")
+                         if p.is_file() and (REPO / "sft_course") in p.parents]
+    return sorted(found)
+
+
 def codes():
     "The hash of the code behind every peer and target."
-    ours, shared = sorted((REPO / "sft_course").rglob("*.py")), HERE / "harness.py"
-    found = {p: code_key(HERE / f"peer_{p}.py", shared, *(ours if p == "sft" else [])) for p in report.ORDER}
-    return found | {t: code_key(HERE / "targets.py", shared, *ours) for t in report.TARGETS}
+    recipe, shared = REPO / "sft_course" / "recipe.py", HERE / "harness.py"
+    found = {p: code_key(HERE / f"peer_{p}.py", shared, *(behind(recipe) if p == "sft" else [])) for p in report.ORDER}
+    return found | {t: code_key(shared, *behind(HERE / "targets.py", recipe)) for t in report.TARGETS}
 
 
 def sources(given):
-    "[(name, what to prepare, size)] of the --data options; by default Blooms, and ants_bees where it is there."
+    "[(name, what to prepare, size)] of the --data options; by default Blooms, and the photographs that are there."
     out = []
-    for text in given or ["blooms"] + [str(PHOTOS)] * PHOTOS.is_dir():
+    for text in given or ["blooms", *(str(PHOTOS / n) for n in ("ants_bees", "hands") if (PHOTOS / n).is_dir())]:
         path, _, size = text.rpartition("@") if "@" in text and text.rpartition("@")[2].isdigit() else (text, "", "")
         name = "blooms" if path == "blooms" else Path(path).resolve().name
         if path != "blooms" and not Path(path).is_dir():
