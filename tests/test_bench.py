@@ -99,6 +99,18 @@ def test_a_peer_that_we_never_reach_is_a_target_missed():
     assert [r[3:] for r in report.peer_targets("x", report.by_data(rows)["blooms"])][0] == ["never (theirs 60.0 s)", "**no**"]
 
 
+def test_the_whole_run_is_set_beside_the_trainer_that_ends_first():
+    rows = [row("sft", 0, [(2, .80), (20, .9)]), row("plain", 0, [(60, .85)]), row("fastai", 0, [(50, .95)])]
+    found = report.whole_run("x", report.by_data(rows)["blooms"])
+    assert found[3:] == ["1/2.5 (20.0 of 50.0 s; accuracy 0.900 and 0.950)", "**no**"] and "fastai" in found[0]
+
+
+def test_a_peer_that_ends_ahead_is_ahead_by_a_margin_with_its_error():
+    ours, theirs = ([row(p, s, [(1, a)]) for s, a in enumerate(values)] for p, values in (("sft", (.8, .9)), ("plain", (.84, .92))))
+    assert report.ahead(ours, theirs) == ", ahead by 0.030 ± 0.010 (standard error over seeds)"
+    assert report.ahead(theirs, ours) == report.ahead(ours[:1], theirs) == ""
+
+
 def test_the_last_row_of_a_measurement_counts():
     rows = report.latest([row("sft", 0, [(1, .1)]), row("sft", 1, [(1, .2)]), row("sft", 0, [(1, .3)])])
     assert sorted(report.final([r]) for r in rows) == [.2, .3]
