@@ -19,7 +19,14 @@ from .head_lab import _folder, SOURCES
 
 # %% ../../nbs/tools/recipe_lab.ipynb #f069b233
 CHANGES = {"default": {}, "three stages": {"train": 3}, "all stages": {"train": "all"},
-           "rate / 3": {"lr": 1e-4}, "rate × 3": {"lr": 9e-4}}
+           "rate / 3": {"lr": 1e-4}, "rate × 3": {"lr": 9e-4}, "rates fall with depth": {"depth_decay": .8},
+           "batches of 16": {"batch_size": 16}, "batches of 32": {"batch_size": 32},
+           "half the epochs": {"epochs": 3}, "twice the epochs": {"epochs": 12},
+           "no warm-up": {"warmup": 0.}, "constant rate": {"schedule": "constant"},
+           "strong crops": {"augment": "strong"}, "no crops": {"augment": "plain"},
+           "new views": {"views": 0}, "mixup": {"augment": "mixup"}, "cutmix": {"augment": "cutmix"},
+           "label smoothing": {"label_smoothing": .1}, "no weight decay": {"weight_decay": 0.},
+           "batch statistics": {"batch_stats": True}}
 
 # %% ../../nbs/tools/recipe_lab.ipynb #2613e31d
 def change_run(data: str, n: int, change: str, seed: int) -> dict[str, float]:

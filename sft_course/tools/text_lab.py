@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BANK_CODE', 'BANK_ROWS', 'TRAINER_ROWS', 'bank', 'questions', 'by_words', 'head_run', 'tune_run', 'trainer_run',
-           'bank_runs']
+           'setfit_run', 'bank_runs']
 
 # %% ../../nbs/tools/text_lab.ipynb #8a8ad7f5
-import os, tempfile
+import os, tempfile, time
 from functools import partial
 from pathlib import Path
 import numpy as np
@@ -120,6 +120,25 @@ def trainer_run(per_class: int, lr: float, seed: int) -> dict:
         trainer = Trainer(model, args, DataCollatorWithPadding(tokenizer), parts[0])
         trainer.train()
         return {"test": accuracy(items(test, truth)), "val": accuracy(parts[1])}
+
+# %% ../../nbs/tools/text_lab.ipynb #b5b57eea
+def setfit_run(per_class: int, seed: int) -> dict:
+    "Accuracy on all test questions of SetFit, and the seconds of its training on this machine."
+    from datasets import Dataset
+    from setfit import SetFitModel, Trainer, TrainingArguments
+    (texts, labels), (test, truth) = bank("train"), bank("test")
+    at = questions(labels, per_class, seed)
+    data = Dataset.from_dict({"text": [texts[i] for i in at], "label": labels[at].tolist()})
+    torch.manual_seed(seed)
+    model = SetFitModel.from_pretrained(str(minilm_folder()))
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(folder, num_iterations=20, seed=seed, save_strategy="no", report_to="none",
+                                 show_progress_bar=False)
+        begun = time.perf_counter()
+        Trainer(model, args, train_dataset=data).train()
+        seconds = time.perf_counter() - begun
+    right = np.asarray(model.predict(test, show_progress_bar=False)) == truth
+    return {"test": round(float(right.mean()), 4), "seconds": round(seconds)}
 
 # %% ../../nbs/tools/text_lab.ipynb #0dbab471
 BANK_CODE = (bank, questions, hold_out, text_head, linear, fit_head)

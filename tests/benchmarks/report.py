@@ -86,7 +86,12 @@ def points(row):
     return [p for p in found[:-1] if p[0] < found[-1][0]] + found[-1:]
 
 
-def final(rows): return mean(r["points"][-1]["accuracy"] for r in rows)
+def at_end(rows, what):
+    "The accuracy, or the seconds, with which each run ended."
+    return [r["points"][-1][what] for r in rows]
+
+
+def final(rows): return mean(at_end(rows, "accuracy"))
 
 
 def best(peers, among):
@@ -121,8 +126,8 @@ def peer_table(peers, lines):
     out = []
     for p, rows in peers.items():
         reach = [seconds(time_to(mean_curve([points(r) for r in rows]), level))] if goal else []
-        out.append([NAMES[p], spread([r["points"][-1]["accuracy"] for r in rows], 3),
-                    spread([r["points"][-1]["seconds"] for r in rows], 1), *reach,
+        out.append([NAMES[p], spread(at_end(rows, "accuracy"), 3),
+                    spread(at_end(rows, "seconds"), 1), *reach,
                     f"{mb(r['peak'] for r in rows)} ({mb(r['peak'] - r['before'] for r in rows)})", str(lines[p])])
     return table(head, out)
 
@@ -132,7 +137,7 @@ def judged(name, data, target, value, ok): return [name, data, target, value, "y
 
 def whole_run(data, peers):
     "The row that sets the whole of our run beside that of the trainer that ends first."
-    spent = {p: mean(r["points"][-1]["seconds"] for r in peers[p]) for p in peers}
+    spent = {p: mean(at_end(peers[p], "seconds")) for p in peers}
     first = min((p for p in TRAINERS if p in peers), key=spent.get)
     mine, theirs = final(peers["sft"]), final(peers[first])
     return judged(f"whole run, beside the trainer that ends first ({NAMES[first]})", data, "≤ 1/2 of its, as accurate or more",
@@ -142,8 +147,8 @@ def whole_run(data, peers):
 
 def ahead(ours, theirs):
     "For a peer that ends ahead: by how much over the seeds that both have run, with the standard error of that."
-    pairs = [(a["points"][-1]["accuracy"], b["points"][-1]["accuracy"]) for a in ours for b in theirs if a["seed"] == b["seed"]]
-    gaps = [b - a for a, b in pairs]
+    here, there = ({r["seed"]: at_end([r], "accuracy")[0] for r in rows} for rows in (ours, theirs))
+    gaps = [there[seed] - here[seed] for seed in here if seed in there]
     if len(gaps) < 2 or mean(gaps) <= 0:
         return ""
     return f", ahead by {mean(gaps):.3f} ± {stdev(gaps) / len(gaps) ** .5:.3f} (standard error over seeds)"
@@ -162,7 +167,7 @@ def peer_targets(data, peers):
                           value, mine is not None and mine * 4 <= theirs))
         out.append(whole_run(data, peers))
     if "features" in peers:
-        level, theirs = final(peers["features"]), mean(r["points"][-1]["seconds"] for r in peers["features"])
+        level, theirs = final(peers["features"]), mean(at_end(peers["features"], "seconds"))
         mine = time_to(ours, level)
         value = f"never (theirs {theirs:.1f} s)" if mine is None else f"{mine / theirs:.2f} × ({mine:.1f} of {theirs:.1f} s)"
         out.append(judged(f"time to the accuracy of features + logistic regression ({level:.3f})", data, "≤ 1.1 × that peer's", value,

@@ -17,8 +17,9 @@ from tasks import spread
 HERE = Path(__file__).parent
 RESULTS = HERE / "text.csv"
 BEGIN, END = "<!-- text begin -->", "<!-- text end -->"
-WAYS = ("upper 4 layers, ours", "upper 4 layers, Trainer", "upper 4 layers, bare step",
-        "LoRA on all layers, ours", "LoRA on all layers, Trainer with peft", "LoRA on all layers, bare step with peft")
+WAYS = ("upper 4 layers, ours", "upper 4 layers, Trainer", "upper 4 layers, TRL", "upper 4 layers, bare step",
+        "LoRA on all layers, ours", "LoRA on all layers, Trainer with peft", "LoRA on all layers, TRL with peft",
+        "LoRA on all layers, bare step with peft")
 UPPER, RANK, BATCH, EPOCHS = 4, 8, 8, 3
 
 
@@ -69,6 +70,19 @@ def trainer(model, tokenizer, rows, lr, lora, precision, device):
         return Trainer(model, args, lambda some: padded(some, tokenizer.pad_token_id), rows).train().training_loss
 
 
+def trl(model, tokenizer, rows, lr, lora, precision, device):
+    "TRL's SFTTrainer, on the same tokens and labels."
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    model = with_peft(model) if lora else train_only_upper(model)
+    with tempfile.TemporaryDirectory() as folder:
+        args = SFTConfig(
+            folder, num_train_epochs=EPOCHS, per_device_train_batch_size=BATCH, learning_rate=lr, lr_scheduler_type="cosine", weight_decay=0.,
+            max_grad_norm=0., save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True, bf16=precision is not None,
+            use_cpu=device == "cpu", gradient_checkpointing=False)
+        return SFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train().training_loss
+
+
 def bare(model, tokenizer, rows, lr, lora, precision, device):
     "Forward, backward, AdamW: nothing else."
     import numpy as np
@@ -110,7 +124,7 @@ def measure(device: str, examples: int, repeats: int, results: Path) -> None:
         n = examples if turn else 2 * BATCH
         for way in WAYS:
             lora = way.startswith("LoRA")
-            run = ours if "ours" in way else trainer if "Trainer" in way else bare
+            run = ours if "ours" in way else trainer if "Trainer" in way else trl if "TRL" in way else bare
             model = copy.deepcopy(start)
             gc.collect()
             if device == "cuda":
