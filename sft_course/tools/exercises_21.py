@@ -64,53 +64,54 @@ class _StandInLayer:
         self.trainable = True
 
 class _StandIn:
-    "Notes at `compile` which layers train, and lists at each `fit` those that it noted."
+    "Notes at the first `fit` after `compile` which layers train, and lists at each `fit` those that it noted."
     def __init__(self):
         self.layers = [_StandInLayer(name) for name in ("stem", "blocks", "head")]
-        self.noted, self.fits = None, []
+        self.compiled, self.noted, self.fits = False, None, []
 
-    def compile(self, *args, **how): self.noted = [layer.name for layer in self.layers if layer.trainable]
+    def compile(self, *args, **how): self.compiled, self.noted = True, None
 
     def fit(self, *args, **how):
-        if self.noted is None: raise RuntimeError("call compile() before fit()")
+        if not self.compiled: raise RuntimeError("call compile() before fit()")
+        self.noted = self.noted or [layer.name for layer in self.layers if layer.trainable]
         self.fits.append(self.noted)
 
 def _fits(f: Callable) -> list[list[str]]:
     model = _StandIn()
-    f(model)
+    f(model, None, None)
     return model.fits
 
 _WHOLE = ["stem", "blocks", "head"]
 
-def _never_again(model):
+def _never_again(model, x, y):
     for layer in model.layers[:-1]: layer.trainable = False
     model.compile()
     model.fit()
     for layer in model.layers: layer.trainable = True
     model.fit()
 
-def _all_at_once(model):
+def _all_at_once(model, x, y):
     model.compile()
     model.fit()
     model.compile()
     model.fit()
 
-def _too_early(model):
+def _too_late(model, x, y):
     for layer in model.layers[:-1]: layer.trainable = False
     model.compile()
     model.fit()
-    model.compile()
     for layer in model.layers: layer.trainable = True
     model.fit()
+    model.compile()
 
 EXERCISES["21.3"] = Exercise(
     right=lambda f: _fits(f) == [["head"], _WHOLE],
-    why="`fit` trains what trained when `compile` was called. After each change of `trainable`: compile.",
+    why="`fit` trains what was trainable at the first `fit` after `compile`. After each change of `trainable`: compile.",
     hint="Which layers train in the second `fit`? Print them.",
     mistakes=((lambda f: _fits(f) == [["head"], ["head"]],
                "The second `fit` still trains the head alone: nothing told the model that layers thawed."),
               (lambda f: _fits(f)[:1] == [_WHOLE], "The first phase is to train the head only.")),
-    tempting=(_never_again, _all_at_once, _too_early),
+    tempting=(_never_again, _all_at_once, _too_late),
 )
 
 # %% ../../nbs/tools/exercises_21.ipynb #a87e5dc1
