@@ -46,7 +46,8 @@ def openvino(net, x, precision="f32"):
 
 
 def compiled(net, x):
-    made = torch.compile(net)
+    torch._dynamo.reset()  # another size is another network, not a reason to make the sizes variable
+    made = torch.compile(net, dynamic=False)
     made(x)
     return made
 
