@@ -180,10 +180,10 @@ def test_only_what_stands_between_the_marks_is_replaced():
 
 
 def test_the_language_models_table_compares_with_the_bare_step(tmp_path):
-    rows = [(way, turn, seconds + turn) for way, seconds in zip(text_speed.WAYS, (1, 5, 3, 6, 8, 4)) for turn in (1, 2)]
+    rows = [(way, turn, seconds + turn) for way, seconds in zip(text_speed.WAYS, (1, 5, 7, 3, 6, 8, 9, 4)) for turn in (1, 2)]
     head = "way,turn,device,threads,precision,examples,seconds,tokens_per_second,loss,torch,transformers,peft"
     lines = [f'"{way}",{turn},a card,1,bfloat16,64,{s},{1200 / s},.5,2,5,0' for way, turn, s in rows]
     (tmp_path / "text.csv").write_text("\n".join([head, *lines]))
     table = text_speed.table(tmp_path / "text.csv").splitlines()
-    assert [row.split(" | ")[2] for row in table[2:8]] == ["0.56", "1.44", "1.00", "1.36", "1.73", "1.00"]
+    assert [row.split(" | ")[2] for row in table[2:10]] == ["0.56", "1.44", "1.89", "1.00", "1.36", "1.73", "1.91", "1.00"]
     assert table[2].startswith("| upper 4 layers, ours | 500 (400 to 600) |") and "a card in bfloat16" in table[-1]

@@ -64,7 +64,7 @@ class _StandInLayer:
         self.trainable = True
 
 class _StandIn:
-    "Notes at the first `fit` after `compile` which layers train, and lists at each `fit` those that it noted."
+    "Notes at the first `fit` after `compile` which layers train; lists at each `fit` those that it noted."
     def __init__(self):
         self.layers = [_StandInLayer(name) for name in ("stem", "blocks", "head")]
         self.compiled, self.noted, self.fits = False, None, []
@@ -106,7 +106,8 @@ def _too_late(model, x, y):
 
 EXERCISES["21.3"] = Exercise(
     right=lambda f: _fits(f) == [["head"], _WHOLE],
-    why="`fit` trains what was trainable at the first `fit` after `compile`. After each change of `trainable`: compile.",
+    why="`fit` trains what was trainable at the first `fit` after `compile`. After each change of "
+        "`trainable`: compile.",
     hint="Which layers train in the second `fit`? Print them.",
     mistakes=((lambda f: _fits(f) == [["head"], ["head"]],
                "The second `fit` still trains the head alone: nothing told the model that layers thawed."),

@@ -1,5 +1,6 @@
 """Where the seconds of `fine_tune` go: `python tests/benchmarks/seconds.py FOLDER[@SIZE] …` runs the default recipe once on each folder of
-labelled images under cProfile, with an empty cache, and prints a table; `--write` puts it into README.md. Imports are not counted.
+labelled images under cProfile, with an empty cache, and prints a table; `--write` puts it into README.md. Imports are not counted. The
+folders that `bench.py` prepared lie in out/bench/data.
 """
 import argparse
 import cProfile
@@ -8,8 +9,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import timm  # noqa: F401  (what is imported late would count as somebody's seconds)
 import torch
+import torch._dynamo  # noqa: F401
 from marks import between_marks
+
+from sft_course import fine_tune, load_settings
 
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- seconds begin -->", "<!-- seconds end -->"
@@ -32,9 +37,6 @@ PARTS = [
 
 def profiled(folder: str, size: int | None, seed: int) -> tuple[dict[str, float], float]:
     "Seconds of each part, and of the whole."
-    from sft_course import fine_tune, load_settings
-    import timm  # noqa: F401
-    import torch._dynamo  # noqa: F401
     with tempfile.TemporaryDirectory() as cache:
         spy, begun = cProfile.Profile(), time.perf_counter()
         spy.runcall(fine_tune, folder, size=size, seed=seed, settings=load_settings().change(cache=cache))
@@ -65,10 +67,11 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
-    runs = {}
+    runs, usual = {}, load_settings().fit_image_size
     for text in given.folders:
         folder, _, size = text.partition("@")
-        runs[f"{Path(folder).name}, {size or 'usual size'} px"] = profiled(folder, int(size) if size else None, given.seed)
+        name = Path(folder).resolve().name.partition("-")[0]  # without the hash of a prepared folder
+        runs[f"{name}, {size or usual} px"] = profiled(folder, int(size) if size else None, given.seed)
     print(made := table(runs))
     if given.write:
         README.write_text(between_marks(README.read_text(encoding="utf-8"), BEGIN, END, made), encoding="utf-8")

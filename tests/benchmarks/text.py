@@ -1,4 +1,4 @@
-"""How fast a small language model is tuned: ours, Hugging Face's Trainer, and the bare step, on the same chats in the same number of steps.
+"""How fast a small language model is tuned: ours, Hugging Face's Trainer, TRL's, and the bare step, on the same chats in the same number of steps.
 
 `python tests/benchmarks/text.py --device cuda` measures and writes text.csv; with nothing else on the device. `--write` puts the table into
 README.md. SmolLM2-135M-Instruct, gardener's notes with the records they should become, batches of eight; bfloat16 where the device has it.
