@@ -144,8 +144,8 @@ def setfit_run(per_class: int, seed: int) -> dict:
 BANK_CODE = (bank, questions, hold_out, text_head, linear, fit_head)
 BANK_ROWS = [{"per_class": n, "seed": s} for n in (5, 20, 0) for s in range(3)]  # 0: all questions
 TRAINER_ROWS = [{"per_class": n, "lr": lr, "seed": s} for n, lr, s in (
-    (20, 5e-5, 0), (20, 3e-4, 0), (20, 3e-4, 1), (20, 3e-4, 2), (0, 3e-4, 0), (0, 3e-4, 1), (0, 3e-4, 2))]
-SETFIT_ROWS = [{"per_class": 5, "seed": s} for s in range(3)]
+    (20, 5e-5, 0), (20, 3e-4, 0), (20, 3e-4, 1), (20, 3e-4, 2), (0, 3e-4, 0))]
+SETFIT_ROWS = [{"per_class": 5, "seed": 0}]
 
 def bank_runs() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     "The recorded rows: heads, tuned layers, the Trainer, and SetFit."
