@@ -45,6 +45,11 @@ TABLE = [
         ("exact head on a frozen encoder", "18_tuned", "head, all", None, {"per_class": "20"}),
         ("then two layers tuned", "18_tuned", "upper 2 layers", None, {"per_class": "20"}),
         ("both averaged", "18_tuned", "averaged", None, {"per_class": "20"})]),
+    ("77 intents, all 10,003 questions", "accuracy", [
+        ("logistic regression on words", "18_heads", "words", None, {"per_class": "0"}),
+        ("exact head on a frozen encoder", "18_tuned", "head, all", None, {"per_class": "0"}),
+        ("then two layers tuned", "18_tuned", "upper 2 layers", None, {"per_class": "0"}),
+        ("both averaged", "18_tuned", "averaged", None, {"per_class": "0"})]),
 ]
 
 
