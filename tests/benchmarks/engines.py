@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from marks import between_marks
+from marks import write_between
 
 from sft_course.tools.opening import open_backbone
 from sft_course.tools.surgery import fold_for
@@ -93,10 +93,10 @@ def table(rows: list[dict]) -> str:
         ours = median(next(r for r in rows if r["size"] == row["size"])["spans"])
         mine = median(row["spans"])
         n = row["conversion"] / (2 * (ours - mine)) if mine < ours else None
-        pays = "" if row["engine"] == "the library's" else f"{n:,.0f}" if n else "never"
-        off = "" if row["engine"] == "the library's" else f"{100 * row['mean off']:.4f} % ({row['most off']:.4f})"
-        seconds = "" if row["engine"] == "the library's" else f"{row['conversion']:.1f}"
-        lines.append(f"| {row['size']} | {row['engine']} | {1 / mine:.0f} | {ours / mine:.2f} | {seconds} | {pays} | {off} |")
+        cells = [f"{row['conversion']:.1f}", f"{n:,.0f}" if n else "never", f"{100 * row['mean off']:.4f} % ({row['most off']:.4f})"]
+        if row["engine"] == "the library's":
+            cells = ["", "", ""]
+        lines.append(f"| {row['size']} | {row['engine']} | {1 / mine:.0f} | {ours / mine:.2f} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"Batches of {BATCH}, {torch.get_num_threads()} threads, median of {TURNS} turns; torch "
                       f"{torch.__version__.split('+')[0]}."])
 
@@ -109,4 +109,4 @@ if __name__ == "__main__":
         found = table([row for size in SIZES for row in measure(size)])
     print(found)
     if given.write:
-        README.write_text(between_marks(README.read_text(encoding="utf-8"), BEGIN, END, found), encoding="utf-8")
+        write_between(README, BEGIN, END, found)

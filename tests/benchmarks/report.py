@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from marks import between_marks
+from marks import write_between
 
 HERE = Path(__file__).parent
 MARKS = ("<!-- tables begin -->", "<!-- tables end -->")
@@ -269,7 +269,7 @@ def versions(rows):
 
 def write_tables(readme, text):
     "Put `text` between the marks of the file `readme`."
-    readme.write_text(between_marks(readme.read_text(encoding="utf-8"), *MARKS, f"\n{text}"), encoding="utf-8")
+    write_between(readme, *MARKS, f"\n{text}")
 
 
 def draw(rows, path):

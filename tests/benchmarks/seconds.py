@@ -12,7 +12,7 @@ from pathlib import Path
 import timm  # noqa: F401  (what is imported late would count as somebody's seconds)
 import torch
 import torch._dynamo  # noqa: F401
-from marks import between_marks
+from marks import write_between
 
 from sft_course import fine_tune, load_settings
 
@@ -74,4 +74,4 @@ if __name__ == "__main__":
         runs[f"{name}, {size or usual} px"] = profiled(folder, int(size) if size else None, given.seed)
     print(made := table(runs))
     if given.write:
-        README.write_text(between_marks(README.read_text(encoding="utf-8"), BEGIN, END, made), encoding="utf-8")
+        write_between(README, BEGIN, END, made)

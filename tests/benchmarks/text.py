@@ -58,15 +58,19 @@ def ours(model, tokenizer, rows, lr, lora, precision, device):
     return sum(row["train_loss"] for row in told["history"]) / EPOCHS
 
 
+def as_ours(folder, lr, precision, device):
+    "The options with which a trainer of transformers, or one made from it, does what ours does."
+    return {"output_dir": folder, "num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH, "learning_rate": lr,
+            "lr_scheduler_type": "cosine", "weight_decay": 0., "max_grad_norm": 0., "save_strategy": "no", "logging_strategy": "no",
+            "report_to": [], "disable_tqdm": True, "bf16": precision is not None, "use_cpu": device == "cpu"}
+
+
 def trainer(model, tokenizer, rows, lr, lora, precision, device):
     "transformers' Trainer."
     from transformers import Trainer, TrainingArguments
     model = with_peft(model) if lora else train_only_upper(model)
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            folder, num_train_epochs=EPOCHS, per_device_train_batch_size=BATCH, learning_rate=lr, lr_scheduler_type="cosine", weight_decay=0.,
-            max_grad_norm=0., save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True, bf16=precision is not None,
-            use_cpu=device == "cpu", remove_unused_columns=False)
+        args = TrainingArguments(**as_ours(folder, lr, precision, device), remove_unused_columns=False)
         return Trainer(model, args, lambda some: padded(some, tokenizer.pad_token_id), rows).train().training_loss
 
 
@@ -76,10 +80,7 @@ def trl(model, tokenizer, rows, lr, lora, precision, device):
     from trl import SFTConfig, SFTTrainer
     model = with_peft(model) if lora else train_only_upper(model)
     with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(
-            folder, num_train_epochs=EPOCHS, per_device_train_batch_size=BATCH, learning_rate=lr, lr_scheduler_type="cosine", weight_decay=0.,
-            max_grad_norm=0., save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True, bf16=precision is not None,
-            use_cpu=device == "cpu", gradient_checkpointing=False)
+        args = SFTConfig(**as_ours(folder, lr, precision, device), gradient_checkpointing=False)
         return SFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train().training_loss
 
 
@@ -104,6 +105,9 @@ def bare(model, tokenizer, rows, lr, lora, precision, device):
     return torch.stack(losses).mean().item()
 
 
+RUNS = {"ours": ours, "Trainer": trainer, "TRL": trl, "bare step": bare}
+
+
 def measure(device: str, examples: int, repeats: int, results: Path) -> None:
     "Every way once to warm up, then `repeats` times in turn; a row of `results` for each."
     import peft
@@ -124,7 +128,7 @@ def measure(device: str, examples: int, repeats: int, results: Path) -> None:
         n = examples if turn else 2 * BATCH
         for way in WAYS:
             lora = way.startswith("LoRA")
-            run = ours if "ours" in way else trainer if "Trainer" in way else trl if "TRL" in way else bare
+            run = next(run for name, run in RUNS.items() if name in way)
             model = copy.deepcopy(start)
             gc.collect()
             if device == "cuda":
