@@ -45,8 +45,8 @@ def change_run(data: str, n: int, change: str, seed: int) -> dict[str, float]:
     made = {"stopped": float(tuner.in_vain)}
     made["returned"] = score(parts["head" if _choose(tuner) is tuner.head else "tuned"][0], labels).accuracy
     for name, (test, val) in parts.items():
-        held = score(val, tuner.labels[tuner.val])
-        made |= {name: score(test, labels).accuracy, f"{name} loss": score(test, labels).loss,
+        seen, held = score(test, labels), score(val, tuner.labels[tuner.val])
+        made |= {name: seen.accuracy, f"{name} loss": seen.loss,
                  f"{name} val": held.accuracy, f"{name} val loss": held.loss}
     return {name: round(v, 4) for name, v in made.items()}
 
