@@ -126,6 +126,40 @@ def test_too_little_memory_ends_in_smaller_parts_or_in_a_sentence(images):
         torch.cuda.set_per_process_memory_fraction(1.)
 
 
+def test_where_one_image_is_too_much_blocks_are_computed_again():
+    "The memory that is there lies between what one image takes plainly and what it takes with gradient checkpointing."
+    net = open_backbone("lite0").model.cuda().eval()
+    x = torch.randn(1, 3, 1024, 1024, device="cuda")
+
+    def gradients(rows):
+        net.zero_grad(set_to_none=True)
+        net(x).square().sum().backward()
+        return [p.grad for p in net.parameters()]
+
+    def most(again):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found = steps.within_memory(gradients, steps.RowsAtATime(1, again), 1, net)
+        return found, torch.cuda.max_memory_allocated() - before
+
+    wanted, plainly = most(False)
+    found, few = most(True)
+    assert few < plainly / 2 and all(torch.allclose(a, b, rtol=1e-2, atol=1e-4) for a, b in zip(wanted, found))
+    net.zero_grad(set_to_none=True)
+    del wanted, found
+    torch.cuda.empty_cache()
+    limit = torch.cuda.memory_reserved() + few + (plainly - few) / 2
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    at = steps.RowsAtATime(1)
+    try:
+        with pytest.warns(UserWarning, match="computed again in the backward pass"):
+            steps.within_memory(gradients, at, 1, net)
+        assert at.again
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.)
+
+
 def test_a_gpu_that_is_not_there_is_one_sentence(images):
     with pytest.raises(SFTError, match="counts from 0"):
         FineTuner(images, "lite0", settings=settings(f"cuda:{torch.cuda.device_count()}"))

@@ -64,21 +64,28 @@ def fit_head(features, labels: torch.Tensor, classes: int, weight_decay: float =
 # %% ../../nbs/tools/heads.ipynb #d42d316f
 def _minimise(V: torch.Tensor, c: torch.Tensor, parts: Callable, labels: torch.Tensor,
               weight_decay: float, max_iter: int) -> None:
-    "L-BFGS on V and c in place; `parts()` goes through (rows, x), and loss and gradient are added up."
-    V.requires_grad_(), c.requires_grad_()
-    solver = torch.optim.LBFGS([V, c], max_iter=max_iter, history_size=20,
+    """L-BFGS on V and c in place; `parts()` goes through (rows, x), and loss and gradient are added up.
+
+    Between two looks at the features the solver takes dozens of small steps, which a GPU would do one by one
+    while the processor waits: a head of up to a million numbers is moved by the processor."""
+    where = V.device if V.numel() > 1_000_000 else "cpu"
+    v, d = (t.detach().to(where).requires_grad_() for t in (V, c))
+    solver = torch.optim.LBFGS([v, d], max_iter=max_iter, history_size=20,
                                line_search_fn="strong_wolfe", tolerance_grad=1e-6)
     def add(loss):
         loss.backward()
-        return loss.detach()
+        return loss.detach().to(where)
     def closure():
         solver.zero_grad()
-        total = add(weight_decay / 2 * V.square().sum())
+        total = add(weight_decay / 2 * v.square().sum())
         for r, x in parts():
-            total += add(F.cross_entropy(x @ V.T + c, labels[r], reduction="sum") / len(labels))
+            logits = x @ v.to(x).T + d.to(x)
+            total += add(F.cross_entropy(logits, labels[r], reduction="sum") / len(labels))
         return total
     with torch.enable_grad(): solver.step(closure)
-    V.requires_grad_(False), c.requires_grad_(False)
+    with torch.no_grad():
+        V.copy_(v)
+        c.copy_(d)
 
 # %% ../../nbs/tools/heads.ipynb #110ca79a
 class Rows:

@@ -7,7 +7,7 @@ __all__ = ['GONE', 'Ranks', 'ranks', 'is_first', 'launched', 'PeerGone', 'joined
            'in_turns', 'agreed', 'everywhere', 'first_here', 'may_speak', 'wait_for_reason']
 
 # %% ../../nbs/tools/processes.ipynb #6cf1a196
-import os, time, warnings
+import atexit, os, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -61,9 +61,16 @@ def _talking() -> Iterator[None]:
 def _open(hours: float) -> None:
     "The process group: gloo between processors, NCCL between GPUs."
     import torch, torch.distributed as dist
+    import torch.distributed.nn  # before there is a group: its functions keep one that they find
     both = torch.cuda.is_available() and dist.is_nccl_available()
     with _talking():
         dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo", timeout=timedelta(hours=hours))
+    if not both: atexit.register(_leave)
+
+def _leave() -> None:
+    "Take the process group down. Then its threads have ended, and none stumbles over Python's own end."
+    import torch.distributed as dist
+    if dist.is_initialized(): dist.destroy_process_group()
 
 @contextmanager
 def joined(hours: float = 12) -> Iterator[Ranks]:
@@ -80,9 +87,7 @@ def joined(hours: float = 12) -> Iterator[Ranks]:
         if me.count == 1: _NOW.pop()
         raise
     _NOW.pop()
-    if launched():
-        import torch.distributed as dist
-        dist.destroy_process_group()
+    if launched(): _leave()
 
 # %% ../../nbs/tools/processes.ipynb #61c910d4
 def share(rows: Sequence) -> Sequence:

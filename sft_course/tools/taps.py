@@ -10,6 +10,7 @@ import copy
 from collections import OrderedDict
 from typing import Any, Callable, Mapping, Sequence
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from .torch_state import own_torch_state, seeded
 from ..backbones import Backbone
@@ -32,11 +33,12 @@ def _positions(x: torch.Tensor, axis: int) -> torch.Tensor:
 # %% ../../nbs/tools/taps.ipynb #349dc41c
 def _moments(x: torch.Tensor, axis: int) -> torch.Tensor:
     "Mean, max and standard deviation over positions, (n, 3c)."
-    x = _positions(x, axis)
-    mean = x.mean(1, keepdim=True)
-    var = (x - mean).square().mean(1)
+    at = _positions(x, axis)
+    mean = at.mean(1, keepdim=True)
+    var = (at - mean).square().mean(1)
     std = var.clamp_min(1e-12).sqrt()  # the square root has no slope at zero
-    return torch.cat([mean[:, 0], x.amax(1), std], 1)
+    most = F.adaptive_max_pool2d(x.float(), 1).flatten(1) if axis == 1 else at.amax(1)  # of maps much faster
+    return torch.cat([mean[:, 0], most, std], 1)
 
 # %% ../../nbs/tools/taps.ipynb #9c03f3a5
 def _with_hooks(model: nn.Module, hooks: Mapping[str, Callable]) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from .figures import progress
 from .settings import SFTError
-from .torch_state import seeded
+from .torch_state import freed_memory_kept, seeded
 from .processes import agreed, is_first
 from .checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
 from .steps import Diverged, epoch_sums, RowsAtATime
@@ -158,7 +158,8 @@ def fit(model: nn.Module, train: tuple, held: tuple | Callable[[nn.Module], Scor
                         also=also or {})
     try:
         # a host may have switched gradients off; training cannot do without them
-        with stop_signals() as told, bar, torch.inference_mode(False), torch.enable_grad():
+        with (stop_signals() as told, bar, freed_memory_kept(), torch.inference_mode(False),
+              torch.enable_grad()):
             asked = agreed(told)  # of several processes all stop, and after the same step
             while (e := len(history)) < epochs and not _over(history, patience, enough):
                 (before or (lambda epoch: model.train()))(e)

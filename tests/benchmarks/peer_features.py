@@ -23,14 +23,15 @@ TRAINER = False
 
 def run(folder, size, classes, seed, epochs, bench):
     # user code begins
-    model = lite0(0).eval()
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    model = lite0(0).eval().to(device)
     transform = timm.data.create_transform(size, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=0.875)
 
     @torch.inference_mode()
     def features(split):
         dataset = ImageFolder(folder / split, transform)
         loader = DataLoader(dataset, batch_size=64, num_workers=WORKERS)
-        return np.concatenate([model(x).numpy() for x, _ in loader]), np.array(dataset.targets)
+        return np.concatenate([model(x.to(device)).cpu().numpy() for x, _ in loader]), np.array(dataset.targets)
 
     X, y = features("train")
     clf = LogisticRegression(max_iter=1000)
