@@ -45,7 +45,7 @@ class Shipped(nn.Module):
 def shipped(result: Result, temperature: float = 1., mirrored: bool = True) -> Shipped:
     "A copy of a result's network with its preprocessing, its batch norms folded, ready to be exported."
     p = result.card["preprocessing"]
-    model = fold_for(result.model, p["size"])
+    model = fold_for(result.model, p["size"], even_padding=False)  # a file says it in four numbers
     return Shipped(model, p["mean"], p["std"], p["size"], p["crop"], temperature, mirrored).eval()
 
 # %% ../nbs/22_shipping.ipynb #sh6de290

@@ -117,7 +117,7 @@ def test_the_last_row_of_a_measurement_counts():
 
 
 def test_targets_show_numbers_and_are_judged():
-    measured = {"ours": 1., "reference": 4., "apart": .01, "apart_float": .1, "all_many": 3, "all_few": 2, "many": 100, "few": 10}
+    measured = {"ours": 1., "whole": 2., "reference": 4., "apart": .01, "apart_float": .1, "all_many": 3, "all_few": 2, "many": 100, "few": 10}
     rows = [{"kind": "target", "what": t, "data": "blooms", "measured": measured} for t in report.TARGETS]
     met = {r[0]: r[4] for r in report.own_targets(rows)}
     assert len(met) == len(report.TARGETS) and met["top stages on cached boundary activations, an epoch"] == "yes"

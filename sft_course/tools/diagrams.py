@@ -144,7 +144,7 @@ def data_flow_diagram(counts: Mapping[str, int]) -> "Figure":
     choose, test images report. counts: how many images each of `train`, `val` and `test` has."""
     fig, ax = _canvas(9, 3.3, 12.4, 4.7)
     rows = (
-        ("train", PALETTE["tuned"], "training images", "fit", "the weights of each candidate"),
+        ("train", "#a0a0a0", "training images", "fit", "the weights of each candidate"),
         ("val", "#d0d0d0", "validation images", "choose", "epoch, learning rate, augmentation, network"),
         ("test", PAPER, "test images", "report", "one number, of the one that was chosen"),
     )
@@ -388,7 +388,7 @@ def micro_batch_diagram(sizes: Sequence[int] = (16, 16, 3)) -> "Figure":
         w, sign = n * 6.8 / total, "₁₂₃₄₅₆₇₈₉"[k]
         middle = x + w / 2
         at = middle if before is None else max(middle, before + 2.3)
-        _box(ax, x + 0.04, 1.7, w - 0.08, 0.65, f"{n}", PALETTE["tuned"], PALETTE["tuned"], INK, 11)
+        _box(ax, x + 0.04, 1.7, w - 0.08, 0.65, f"{n}", "#e8e8e8", INK, INK, 11)
         _arrow(ax, (middle, 2.86), (middle, 2.39))
         ax.text(
             at,
@@ -457,9 +457,9 @@ def paths_diagram(steps: int = 40) -> "Figure":
 
     fig, axes = plt.subplots(1, 3, figsize=(11, 2.9), sharey=True)
     a, b = np.meshgrid(np.linspace(-5, 3, 160), np.linspace(-2.1, 2.1, 120))
-    for ax, (name, path), role in zip(axes, descent_paths(steps).items(), ("scratch", "tuned", "frozen")):
+    for ax, (name, path) in zip(axes, descent_paths(steps).items()):
         ax.contour(a, b, valley(a, b), levels=np.geomspace(0.05, 60, 10), colors="#cccccc", linewidths=0.8)
-        ax.plot(*path.T, "-o", color=PALETTE[role], ms=3, lw=1.3)
+        ax.plot(*path.T, "-o", color=INK, ms=3, lw=1.3)
         ax.plot(*path[0], "o", color=INK, ms=6)
         ax.plot(0, 0, "*", color=INK, ms=12)
         ax.set(title=name, xlabel="first weight", xlim=(-5, 3), ylim=(-2.1, 2.1))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, get_same_padding
 from torch import fx, nn
+from torch.nn.utils import skip_init
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -182,22 +183,21 @@ def _evenly(conv: Conv2dSame, size: tuple[int, int]) -> nn.Conv2d:
     more = [n % 2 for n in total]  # at the end
     if any(m and d > 1 for m, d in zip(more, conv.dilation)): return conv
     weight = F.pad(conv.weight.detach(), (more[1], 0, more[0], 0))
-    new = nn.Conv2d(conv.in_channels, conv.out_channels, tuple(weight.shape[2:]), conv.stride,
-                    tuple((n + 1) // 2 for n in total), conv.dilation, conv.groups, conv.bias is not None,
-                    device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        new.weight.copy_(weight)
-        if conv.bias is not None: new.bias.copy_(conv.bias)
-    return new.to(memory_format=torch.channels_last).eval()
+    new = skip_init(nn.Conv2d, conv.in_channels, conv.out_channels, tuple(weight.shape[2:]), conv.stride,
+                    tuple((n + 1) // 2 for n in total), conv.dilation, conv.groups, bias=False)
+    new.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last))
+    new.bias = conv.bias
+    return new.eval()
 
 # %% ../../nbs/tools/surgery.ipynb #4e1bd0a7
-def fold_for(lower: nn.Module, size: int) -> nn.Module:
-    """`fold_batch_norms` and `pad_evenly` of a function of images of `size` pixels; its own copy where there
-    is nothing to do."""
+def fold_for(lower: nn.Module, size: int, even_padding: bool = True) -> nn.Module:
+    """`fold_batch_norms` and, unless `even_padding` is false, `pad_evenly` of a function of images of `size`
+    pixels; its own copy where there is nothing to do."""
     example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     example = example.contiguous(memory_format=torch.channels_last)
     example = example.to(next(iter(lower.state_dict().values()), example).device)
-    return pad_evenly(fold_batch_norms(lower, example), example)
+    folded = fold_batch_norms(lower, example)
+    return pad_evenly(folded, example) if even_padding else folded
 
 # %% ../../nbs/tools/surgery.ipynb #7b4149db
 def _replace(module: nn.Module, name: str, new: nn.Module) -> None:

@@ -19,10 +19,10 @@ def seconds(work):
     return time.perf_counter() - began
 
 
-def tuner_of(folder, size, cache, **settings):
+def tuner_of(folder, size, cache, say=None, **settings):
     from sft_course.tools.engine import FineTuner
     from sft_course.tools.settings import load_settings
-    return FineTuner(folder, "lite0", size=size, seed=0, settings=load_settings(cache=str(cache), **settings))
+    return FineTuner(folder, "lite0", size=size, seed=0, say=say, settings=load_settings(cache=str(cache), **settings))
 
 
 def upper_phase():
@@ -33,8 +33,9 @@ def upper_phase():
 
 
 def head(folder, size, cache):
-    """The whole head phase from files to accuracy, beside decoding every image once and a bare forward pass over tensors in
-    memory. Three times each in turn, the medians; opening the network is in neither, and listing the files in both."""
+    """The head phase from files to its first answer (`ours`) and to its end (`whole`), beside decoding every image once and a bare
+    forward pass over tensors in memory. Three times each in turn, the medians; opening the network is in neither, listing the files
+    in both."""
     import torch
 
     import sft_course.recipe as recipe
@@ -47,7 +48,11 @@ def head(folder, size, cache):
     body = open_backbone("lite0").model
     tuner_module.open_backbone = lambda *_: opened
 
-    def ours(place): tuner_of(folder, size, place).run_phase(recipe.Phase("head"))
+    def ours(place):
+        began, first = time.perf_counter(), []
+        def say(text): first.extend([time.perf_counter() - began] if "first head" in text else [])
+        tuner_of(folder, size, place, say).run_phase(recipe.Phase("head"))
+        return first[0], time.perf_counter() - began
 
     def reference(place):
         began = time.perf_counter()
@@ -62,9 +67,10 @@ def head(folder, size, cache):
 
     mine, theirs = [], []
     for i in range(3):
-        mine.append(seconds(lambda i=i: ours(cache / f"ours{i}")))
+        mine.append(ours(cache / f"ours{i}"))
         theirs.append(reference(cache / f"reference{i}"))
-    return {"ours": median(mine), "reference": median(theirs), "all_ours": mine, "all_reference": theirs}
+    first, whole = (median(times) for times in zip(*mine, strict=True))
+    return {"ours": first, "whole": whole, "reference": median(theirs), "all_ours": mine, "all_reference": theirs}
 
 
 def head_epoch(folder, size, cache):
