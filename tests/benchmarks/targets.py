@@ -26,10 +26,10 @@ def tuner_of(folder, size, cache, say=None, **settings):
 
 
 def upper_phase():
-    "The phase of the default recipe that trains more than the head."
+    "The phase of the default recipe that trains more than the head, after its trial."
     from sft_course.recipe import default_phases
     from sft_course.tools.settings import load_settings
-    return next(p for p in default_phases(load_settings()) if p.train != "head")
+    return next(p for p in default_phases(load_settings()) if p.train != "head" and not p.trial)
 
 
 def head(folder, size, cache):
