@@ -127,7 +127,7 @@ def _ask_for_less(at: RowsAtATime, n: int, model: nn.Module) -> None:
         how = "what the layers made of an item is computed again in the backward pass"
     else:
         at.rows = (rows + 1) // 2
-        how = f"{at.rows} items pass through the network at a time"
+        how = f"items pass through the network {at.rows} at a time"
     warnings.warn(f"memory is short: from here on {how}; a step still counts {n}.", stacklevel=3)
 
 # %% ../../nbs/tools/steps.ipynb #te0epoch
