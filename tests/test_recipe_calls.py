@@ -1,4 +1,5 @@
 "What a run may be called with, what it says, and what is left when it has ended."
+import re
 import sys
 import types
 
@@ -446,9 +447,10 @@ def test_a_run_says_what_it_will_do_and_what_it_chose_and_why(hard, capsys):
     n = {p: len(scan(hard).rows(p)) for p in ("train", "val", "test")}
     assert said[0].startswith(f"48 images of 2 classes ({n['train']} to train on, {n['val']} for validation, {n['test']} for the test)")
     assert "phases: head, upper 2 stages for 1 epochs; this takes about" in said[0]
-    assert said[1].startswith("phase 1 of 2, head; about") and said[2].startswith("phase 2 of 2, upper 2 stages; about")
-    assert f"the {'head is' if result.card['chosen'] == 'head' else 'tuned weights are'} returned: of {n['val']} validation images" in said[3]
-    assert said[3].endswith(f"accuracy {result.accuracy:.3f} on {n['test']} test images")
+    assert said[1].startswith("phase 1 of 2, head; about") and said[3].startswith("phase 2 of 2, upper 2 stages; about")
+    assert re.fullmatch(rf"a first head gets \d+ of {n['val']} validation images right", said[2])
+    assert f"the {'head is' if result.card['chosen'] == 'head' else 'tuned weights are'} returned: of {n['val']} validation images" in said[4]
+    assert said[4].endswith(f"accuracy {result.accuracy:.3f} on {n['test']} test images")
     assert capsys.readouterr() == ("", "")
 
 
