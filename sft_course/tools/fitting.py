@@ -65,13 +65,13 @@ class _Seen:
     "The features of all images, in the plain view and in the mirrored one, and heads on some of them."
 
     def __init__(self, tuner: TunerState):
-        self.lower = fold_for(stage_features(tuner.backbone), tuner.size)
-        self.last = self.lower.last  # the columns of the last stage
+        lower = fold_for(stage_features(tuner.backbone), tuner.size)
+        self.last = lower.last  # the columns of the last stage
         self.labels = tuner.labels
         self.classes = len(tuner.catalog.classes)
         self.views = []
         for view in (0, 1):
-            self.views.append(_features(tuner, self.lower, view))
+            self.views.append(_features(tuner, lower, view))
             if not view:
                 _first_answer(tuner, self)
 
@@ -93,8 +93,8 @@ class _Seen:
 
 def _first_answer(tuner: TunerState, seen: _Seen) -> None:
     """Tell whoever listens how far a head on the last stage gets with the plain view alone, which is there
-    in half the time."""
-    if not tuner.say:
+    in half the time. Not where features are computed anew at every look: that would take longer."""
+    if not tuner.say or isinstance(seen.views[0], Recomputed):
         return
     head = seen.fit(tuner.train, False, .1, 30)
     right = int((seen.logits(head, tuner.val).argmax(1) == tuner.labels[tuner.val]).sum())

@@ -89,10 +89,13 @@ def checkpointed(model: nn.Module) -> Iterator[int]:
     nothing can be done: there are no blocks, or batch norms would move their statistics twice."""
     moves = any(m.training and getattr(m, "running_mean", None) is not None for m in model.modules())
     blocks = [] if moves else _blocks(model)
+    own = {m: vars(m).get("forward") for m in blocks}  # a hook may have given a block a forward of its own
     for m in blocks: m.forward = partial(checkpoint, m.forward, use_reentrant=False)
     try: yield len(blocks)
     finally:
-        for m in blocks: del m.forward
+        for m, forward in own.items():
+            if forward: m.forward = forward
+            else: del m.forward
 
 # %% ../../nbs/tools/steps.ipynb #e548a96c
 class RowsAtATime:
